@@ -1,0 +1,206 @@
+"""What QStash POSTs to a callback URL after an attempt: envelope <-> ``Callback``."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .exceptions import EnvelopeError
+
+NO_RESPONSE = -1
+"""``status`` when the destination could not be reached or did not answer in time."""
+
+Header = Mapping[str, list[str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Callback:
+    """One attempt, told. QStash tells of every attempt, and once more when it gives up.
+
+    Source: QStash's callback documentation; what it leaves open is read tolerantly.
+    """
+
+    status: int
+    """The destination's HTTP status, or -1 when there was no response."""
+    header: Header = field(default_factory=dict)
+    """The destination's response headers."""
+    body: bytes = b""
+    """The destination's response, cut at the plan's size."""
+    retried: int = 0
+    """Attempts so far minus one: 0 is the first attempt."""
+    max_retries: int = 0
+    source_message_id: str
+    """The id that publish answered with."""
+    url: str = ""
+    method: str = "POST"
+    source_header: Header = field(default_factory=dict, repr=False)
+    """The original's headers. These carry the provider's key: never store or log them."""
+    source_body: bytes = field(default=b"", repr=False)
+    not_before: int = 0
+    """Unix milliseconds."""
+    created_at: int = 0
+    """Unix milliseconds."""
+    topic_name: str = ""
+    endpoint_name: str = ""
+    schedule_id: str = ""
+    caller_ip: str = ""
+    dlq_id: str = ""
+    """Set on a failure callback: where the message lies now."""
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    """What was odd about the envelope and how it was read."""
+
+    @property
+    def is_success(self) -> bool:
+        return 200 <= self.status < 300
+
+    @property
+    def is_failure_callback(self) -> bool:
+        return bool(self.dlq_id)
+
+    @property
+    def is_last(self) -> bool:
+        """No attempt follows this one. After a 489 only the failure callback knows."""
+        return self.is_success or self.is_failure_callback or self.retried >= self.max_retries
+
+    def to_json(self) -> bytes:
+        """The envelope, with empty optional fields left out as the service does."""
+        envelope: dict[str, Any] = {
+            "status": self.status,
+            "header": {name: list(values) for name, values in self.header.items()},
+            "body": base64.b64encode(self.body).decode(),
+            "retried": self.retried,
+            "maxRetries": self.max_retries,
+            "sourceMessageId": self.source_message_id,
+            "topicName": self.topic_name,
+            "endpointName": self.endpoint_name,
+            "url": self.url,
+            "method": self.method,
+            "sourceHeader": {name: list(values) for name, values in self.source_header.items()},
+            "sourceBody": base64.b64encode(self.source_body).decode(),
+            "notBefore": self.not_before,
+            "createdAt": self.created_at,
+            "scheduleId": self.schedule_id,
+            "callerIP": self.caller_ip,
+            "dlqId": self.dlq_id,
+        }
+        optional = {"topicName", "endpointName", "scheduleId", "callerIP", "dlqId"}
+        kept = {name: value for name, value in envelope.items() if value or name not in optional}
+        return json.dumps(kept, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_json(cls, envelope: bytes) -> Callback:
+        """Read an envelope. Raises ``EnvelopeError`` when it names no attempt of any message."""
+        try:
+            fields = json.loads(envelope, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            raise EnvelopeError(f"not JSON: {error}") from error
+        if not isinstance(fields, dict):
+            raise EnvelopeError(f"not an object but {type(fields).__name__}")
+        notes: list[str] = []
+        read = _Reader(fields, notes)
+        source_message_id = read.text("sourceMessageId")
+        if not source_message_id:
+            raise EnvelopeError("sourceMessageId is missing")
+        return cls(
+            status=read.status("status"),
+            header=read.header("header"),
+            body=read.base64("body"),
+            retried=read.count("retried"),
+            # One page of the documentation spells it maxRteries.
+            max_retries=read.count("maxRetries" if "maxRetries" in fields else "maxRteries"),
+            source_message_id=source_message_id,
+            url=read.text("url"),
+            method=read.text("method") or "POST",
+            source_header=read.header("sourceHeader"),
+            source_body=read.base64("sourceBody"),
+            not_before=read.count("notBefore"),
+            created_at=read.count("createdAt"),
+            topic_name=read.text("topicName"),
+            endpoint_name=read.text("endpointName"),
+            schedule_id=read.text("scheduleId"),
+            caller_ip=read.text("callerIP"),
+            dlq_id=read.text("dlqId"),
+            notes=tuple(notes),
+        )
+
+
+@dataclass
+class _Reader:
+    """Reads one field at a time and notes what it had to bend."""
+
+    fields: dict[str, Any]
+    notes: list[str]
+
+    def text(self, name: str) -> str:
+        value = self.fields.get(name)
+        if value is None or isinstance(value, str):
+            return value or ""
+        self.notes.append(f"{name} is not a string")
+        return ""
+
+    def integer(self, name: str, default: int) -> int:
+        """Numbers come as numbers; the documentation draws some as strings."""
+        value = self.fields.get(name)
+        if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,19}", value):
+            value = int(value)
+        if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+            value = int(value)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if value is not None:
+            self.notes.append(f"{name} is not a whole number")
+        return default
+
+    def count(self, name: str) -> int:
+        value = self.integer(name, 0)
+        if 0 <= value < 2**63:
+            return value
+        self.notes.append(f"{name} is out of range")
+        return 0
+
+    def status(self, name: str) -> int:
+        value = self.integer(name, NO_RESPONSE)
+        if value == NO_RESPONSE or 100 <= value <= 599:
+            return value
+        if value:  # 0 is a spelling of "no response"
+            self.notes.append(f"status {value} is not an HTTP status")
+        return NO_RESPONSE
+
+    def header(self, name: str) -> dict[str, list[str]]:
+        """Name -> values; some versions send one string instead of a list."""
+        value = self.fields.get(name)
+        if value is None:
+            return {}
+        if not isinstance(value, dict):
+            self.notes.append(f"{name} is not an object")
+            return {}
+        lists = {
+            header: values if isinstance(values, list) else [values]
+            for header, values in value.items()
+        }
+        if not all(isinstance(each, str) for values in lists.values() for each in values):
+            self.notes.append(f"{name} holds values that are not strings")
+        return {
+            header: [str(each) for each in values if isinstance(each, str | int | float)]
+            for header, values in lists.items()
+        }
+
+    def base64(self, name: str) -> bytes:
+        """Standard base64, or the URL-safe kind. What is neither is kept as it came."""
+        text = self.text(name)
+        for altchars in (b"+/", b"-_"):
+            try:
+                return base64.b64decode(text, altchars=altchars, validate=True)
+            except (binascii.Error, ValueError):
+                continue
+        self.notes.append(f"{name} is not base64")
+        return text.encode("utf-8", "replace")
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")

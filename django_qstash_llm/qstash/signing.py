@@ -1,0 +1,177 @@
+"""``Upstash-Signature``: a JWT that says who sent which bytes to which URL, and when."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import json
+import secrets
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jwt
+
+from .exceptions import SignatureError
+
+HEADER = "Upstash-Signature"
+ISSUER = "Upstash"
+LIFETIME = 300
+"""Seconds a signature is good for."""
+LONGEST_LIFETIME = 900
+"""Seconds. We refuse a signature that claims to be good for longer than any QStash makes."""
+SHORTEST_KEY = 16
+"""Characters. PyJWT before 2.13 took ``""`` as a key, and ``str(None)`` is one everywhere."""
+_LONGEST_TOKEN = 16_384
+_LARGEST_TIME = 2**53
+_JWS = jwt.PyJWS(algorithms=["HS256"])
+
+
+@dataclass(frozen=True, slots=True)
+class Claims:
+    """What a believed signature says. The body is still to be checked with ``check_body``."""
+
+    subject: str
+    body_hash: str
+    issued_at: float
+    expires_at: float
+    jti: str
+    key_index: int
+    """Which of the keys verified it: 0 is the current one, 1 the next."""
+
+    def check_body(self, body: bytes) -> None:
+        """Raise ``SignatureError`` unless these are the very bytes that were signed."""
+        claimed = self.body_hash.rstrip("=").encode("utf-8", "replace")
+        if not hmac.compare_digest(claimed, hash_body(body).rstrip("=").encode()):
+            raise SignatureError("body", "the body is not the one that was signed")
+
+
+def hash_body(body: bytes) -> str:
+    """The ``body`` claim: URL-safe base64 of SHA-256, padded as QStash sends it."""
+    return base64.urlsafe_b64encode(hashlib.sha256(body).digest()).decode()
+
+
+def is_usable_key(key: object) -> bool:
+    """Whether a signing key can be trusted to be one."""
+    return isinstance(key, str) and len(key) >= SHORTEST_KEY
+
+
+def sign(body: bytes, *, url: str, key: str, now: float) -> str:
+    """The ``Upstash-Signature`` for delivering ``body`` to ``url`` at ``now`` (unix seconds)."""
+    claims = {
+        "iss": ISSUER,
+        "sub": url,
+        "exp": int(now) + LIFETIME,
+        "nbf": 0,  # QStash's own since September 2024
+        "iat": int(now),
+        "jti": f"jwt_{secrets.token_hex(16)}",
+        "body": hash_body(body),
+    }
+    payload = json.dumps(claims, separators=(",", ":")).encode()
+    return _JWS.encode(payload, key, algorithm="HS256")
+
+
+def verify(
+    signature: str,
+    body: bytes,
+    *,
+    url: str | Collection[str],
+    keys: Sequence[str],
+    now: float,
+    leeway: float = 30.0,
+) -> Claims:
+    """Believe or refuse a delivery: ``verify_token``, then the body's hash."""
+    claims = verify_token(signature, url=url, keys=keys, now=now, leeway=leeway)
+    claims.check_body(body)
+    return claims
+
+
+def verify_token(
+    signature: str,
+    *,
+    url: str | Collection[str],
+    keys: Sequence[str],
+    now: float,
+    leeway: float = 30.0,
+) -> Claims:
+    """Check everything but the body, so that a forged request's body is never read.
+
+    ``url``: the URL, or the equivalent URLs, that we published; never the one we were reached at.
+    ``keys``: the current signing key, then the next. ``leeway``: seconds of clock difference
+    allowed in both directions. Raises ``SignatureError``; its ``reason`` is for logs.
+    """
+    payload, key_index = _verified_payload(signature, keys)
+    claims = _read_claims(payload)
+    if claims["iss"] != ISSUER:
+        raise SignatureError("issuer", "the issuer is not Upstash")
+    urls = {url} if isinstance(url, str) else set(url)
+    if claims["sub"] not in urls:
+        raise SignatureError(
+            "subject", f"signed for {claims['sub']!r}, but what we published is {sorted(urls)!r}"
+        )
+    issued_at, expires_at = claims.get("iat", claims["nbf"]), claims["exp"]
+    if now > expires_at + leeway:
+        raise SignatureError("expired", f"expired {now - expires_at:.0f} s ago")
+    if expires_at > now + LONGEST_LIFETIME + leeway:
+        raise SignatureError("claims", "claims to be valid for longer than 15 minutes")
+    if max(claims["nbf"], issued_at) > now + leeway:
+        raise SignatureError("early", "not valid yet: is this machine's clock slow?")
+    return Claims(claims["sub"], claims["body"], issued_at, expires_at, claims["jti"], key_index)
+
+
+def _verified_payload(signature: str, keys: Sequence[str]) -> tuple[bytes, int]:
+    if not signature:
+        raise SignatureError("missing", f"no {HEADER} header")
+    if len(signature) > _LONGEST_TOKEN:
+        raise SignatureError("malformed", "the signature is too long")
+    # Indexes stay those of the caller's list: "verified by the next key" is worth knowing.
+    usable = [(index, key) for index, key in enumerate(keys) if is_usable_key(key)]
+    if not usable:
+        raise SignatureError("no_key", "no usable signing key is configured")
+    for index, key in usable:
+        try:
+            return _JWS.decode(signature, key, algorithms=["HS256"]), index
+        except jwt.InvalidSignatureError:
+            continue
+        # Foreign bytes: besides its own errors PyJWT lets json's and base64's through.
+        except (jwt.PyJWTError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise SignatureError("malformed", f"not a signature: {error}") from error
+    raise SignatureError("key", "signed with none of our keys")
+
+
+_CLAIM_TYPES: dict[str, type | tuple[type, ...]] = {
+    "iss": str,
+    "sub": str,
+    "body": str,
+    "exp": (int, float),
+    "nbf": (int, float),
+}
+_OPTIONAL_CLAIM_TYPES: dict[str, type | tuple[type, ...]] = {"iat": (int, float), "jti": str}
+
+
+def _read_claims(payload: bytes) -> dict[str, Any]:
+    try:
+        pairs = json.loads(payload, object_pairs_hook=list, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise SignatureError("claims", "the claims are not JSON") from error
+    if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
+        raise SignatureError("claims", "the claims are not an object")
+    claims = dict(pairs)
+    if len(claims) != len(pairs):
+        raise SignatureError("claims", "a claim is there twice")
+    present = {name: kind for name, kind in _OPTIONAL_CLAIM_TYPES.items() if name in claims}
+    for name, kind in (_CLAIM_TYPES | present).items():
+        value = claims.get(name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise SignatureError("claims", f"the claim {name} is missing or of the wrong type")
+        # A whole number of JSON may be too large to be added to a float.
+        if isinstance(value, int | float) and not abs(value) < _LARGEST_TIME:
+            raise SignatureError("claims", f"the claim {name} is no moment in time")
+    if claims.get("aud"):
+        raise SignatureError("claims", "meant for another audience")
+    return {"jti": "", **claims}
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number")
