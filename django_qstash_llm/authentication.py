@@ -1,0 +1,50 @@
+"""Who may say what: believing a callback."""
+
+from __future__ import annotations
+
+import logging
+from uuid import UUID
+
+from django.utils import timezone
+from rest_framework.request import Request
+
+from .conf import app_settings
+from .qstash import Claims, SignatureError, signing
+
+logger = logging.getLogger(__name__)
+
+
+class CallbackTooLarge(Exception):
+    """The callback's body is larger than ``MAX_CALLBACK_BYTES``."""
+
+
+def read_signed_body(request: Request, uuid: UUID) -> tuple[bytes, Claims]:
+    """The raw body of a callback that QStash signed for the request ``uuid``.
+
+    The token is checked first, against the URLs we published and never against what the Host
+    header claims; only then is the body read. Raises ``SignatureError`` or ``CallbackTooLarge``.
+    """
+    conf = app_settings()
+    try:
+        claims = signing.verify_token(
+            request.headers.get(signing.HEADER, ""),
+            url=conf.callback_urls(uuid),
+            keys=conf.signing_keys,
+            now=timezone.now().timestamp(),
+            leeway=conf.signature_leeway,
+        )
+        # Not request.body: Django would refuse what is over DATA_UPLOAD_MAX_MEMORY_SIZE, which is
+        # right for forms and loses answers.
+        body: bytes = request._request.read(conf.max_callback_bytes + 1)
+        if len(body) > conf.max_callback_bytes:
+            raise CallbackTooLarge
+        claims.check_body(body)
+    except SignatureError as error:
+        # The reason is for the operator only: a forger learns nothing from the response.
+        logger.warning("Refused a callback for %s: %s (%s)", uuid, error, error.reason)
+        raise
+    if claims.key_index == 1:
+        logger.warning(
+            "A callback was signed with the next signing key: update the keys and redeploy."
+        )
+    return body, claims

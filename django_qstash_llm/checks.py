@@ -1,0 +1,186 @@
+"""What is wrong with the settings, found at start. Ids are stable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import urlsplit
+from uuid import UUID
+
+from django.apps.config import AppConfig
+from django.conf import settings
+from django.core.checks import CheckMessage, Error, Tags, Warning, register
+from django.db import connections
+from django.urls import Resolver404, resolve
+
+from . import conf
+from .exceptions import ConfigurationError
+from .providers import build_provider
+from .qstash.signing import is_usable_key
+
+ID = "django_qstash_llm"
+_ANY_UUID = UUID(int=0)
+
+
+def _serious(message: str, *, hint: str, id: str) -> CheckMessage:
+    """An error where it counts; while a project is being set up, a warning that lets migrate run."""
+    kind = Warning if settings.DEBUG else Error
+    return kind(message, hint=hint, id=f"{ID}.{id}")
+
+
+@register(Tags.compatibility)
+def check_settings(app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> list[CheckMessage]:
+    ours = getattr(settings, "QSTASH_LLM", {})
+    if not isinstance(ours, dict):
+        return [Error("QSTASH_LLM is not a dictionary.", hint="QSTASH_LLM = {…}", id=f"{ID}.E005")]
+    unknown = conf.unknown_keys(ours)
+    if unknown:
+        hint = f"There are: {', '.join(conf.OUR_NAMES)}."
+        return [Error(problem, hint=hint, id=f"{ID}.E005") for problem in unknown]
+    in_force = conf.app_settings()
+    return [
+        *_check_token(in_force),
+        *_check_keys(in_force),
+        *_check_callback_url(in_force),
+        *_check_providers(in_force),
+        *_check_hosted(in_force),
+    ]
+
+
+def _check_token(in_force: conf.AppSettings) -> list[CheckMessage]:
+    if in_force.qstash_token:
+        return []
+    hint = (
+        "Set QSTASH_TOKEN to the token of your QStash account, or of the built-in server: "
+        "`manage.py qstash_server` prints it."
+    )
+    return [_serious("QSTASH_TOKEN is not set.", hint=hint, id="E001")]
+
+
+def _check_keys(in_force: conf.AppSettings) -> list[CheckMessage]:
+    problems = []
+    hint = "Copy both signing keys from QStash's console, or from what `manage.py qstash_server` prints."
+    names = ("QSTASH_CURRENT_SIGNING_KEY", "QSTASH_NEXT_SIGNING_KEY")
+    for name, key in zip(names, in_force.signing_keys, strict=True):
+        if key and not is_usable_key(key):
+            problems.append(
+                _serious(f"{name} is too short to be a signing key.", hint=hint, id="E002")
+            )
+    if not in_force.qstash_current_signing_key:
+        problems.append(_serious(f"{names[0]} is not set.", hint=hint, id="E002"))
+    return problems
+
+
+def _check_callback_url(in_force: conf.AppSettings) -> list[CheckMessage]:
+    problem = conf.callback_base_url_problem(in_force.callback_base_url)
+    if problem:
+        hint = (
+            'Include django_qstash_llm.urls in your URLconf and set QSTASH_LLM = {"CALLBACK_BASE_URL": '
+            '"https://example.com/llm"} to where it is reached from outside.'
+        )
+        return [_serious(problem, hint=hint, id="E003")]
+    found: list[CheckMessage] = []
+    path = urlsplit(in_force.callback_url(_ANY_UUID)).path
+    if not _is_ours(path):
+        found.append(
+            Warning(
+                f"No callback view answers at {path} of this site.",
+                hint="Include django_qstash_llm.urls there, unless a proxy adds a part of the path.",
+                id=f"{ID}.W001",
+            )
+        )
+    if in_force.callback_base_url.startswith("http://") and not settings.DEBUG:
+        found.append(
+            Warning(
+                "CALLBACK_BASE_URL is plain http: answers travel readable for anyone on the way.",
+                hint="Use https outside development.",
+                id=f"{ID}.W002",
+            )
+        )
+    return found
+
+
+def _is_ours(path: str) -> bool:
+    try:
+        return resolve(path).view_name == "django_qstash_llm:callback"
+    except Resolver404:
+        return False
+
+
+def _check_providers(in_force: conf.AppSettings) -> list[CheckMessage]:
+    problems: list[CheckMessage] = []
+    hint = "See the README's section on providers."
+    for name, options in in_force.providers.items():
+        try:
+            build_provider(name, options)
+        except ConfigurationError as error:
+            problems.append(_serious(str(error), hint=hint, id="E004"))
+    if in_force.default_provider not in {*in_force.providers, "upstash"}:
+        problem = (
+            f"DEFAULT_PROVIDER is {in_force.default_provider!r}, which PROVIDERS does not have."
+        )
+        problems.append(_serious(problem, hint=hint, id="E004"))
+    return problems
+
+
+def _check_hosted(in_force: conf.AppSettings) -> list[CheckMessage]:
+    uses_hosted = in_force.default_provider == "upstash" or "upstash" in in_force.providers
+    if not uses_hosted or ".upstash.io" not in in_force.qstash_url:
+        return []
+    return [
+        Warning(
+            "The provider 'upstash' asks for Upstash's hosted models, which Upstash has withdrawn.",
+            hint="Use another provider, or django_qstash_llm.server, which answers for those models.",
+            id=f"{ID}.W003",
+        )
+    ]
+
+
+@register(Tags.compatibility)
+def check_celery(app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> list[CheckMessage]:
+    from celery import current_app
+
+    broker = str(current_app.conf.broker_url or "")
+    if broker.startswith("filesystem:"):
+        hint = "Use Redis or RabbitMQ; in one process, memory://."
+        return [
+            Error(
+                "Celery's filesystem:// transport loses tasks and workers.",
+                hint=hint,
+                id=f"{ID}.E006",
+            )
+        ]
+    if broker.startswith("memory:") and not settings.DEBUG:
+        hint = "Nothing outside this process hears it. Use Redis or RabbitMQ."
+        return [Warning("Celery's broker is memory:// outside DEBUG.", hint=hint, id=f"{ID}.W005")]
+    return []
+
+
+@register(Tags.database)
+def check_sqlite(
+    app_configs: Sequence[AppConfig] | None, databases: Sequence[str] | None = None, **kwargs: Any
+) -> list[CheckMessage]:
+    """Only when Django checks databases: ``migrate`` does, and ``check --database default``."""
+    problems: list[CheckMessage] = []
+    for alias in databases or ():
+        connection = connections[alias]
+        if connection.vendor != "sqlite":
+            continue
+        options = connection.settings_dict.get("OPTIONS", {})
+        if str(options.get("transaction_mode", "")).upper() != "IMMEDIATE":
+            problems.append(
+                Warning(
+                    f"The SQLite database {alias!r} is not set up for several writers: "
+                    "'database is locked' will lose callbacks.",
+                    hint=f"'OPTIONS': {SQLITE_OPTIONS!r}",
+                    id=f"{ID}.W004",
+                )
+            )
+    return problems
+
+
+SQLITE_OPTIONS = {
+    "timeout": 20,
+    "transaction_mode": "IMMEDIATE",
+    "init_command": "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;",
+}

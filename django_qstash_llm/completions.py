@@ -1,0 +1,279 @@
+"""Reading what providers answer: bytes -> ``Completion``, or why not.
+
+The outside names (``choices``, ``prompt_tokens``, ``stop_reason``) stop here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+from .cleaning import WIDEST_INTEGER, clean_json, clean_text
+from .exceptions import UnreadableCompletion
+
+LARGEST_ANSWER = 64_000_000
+"""Bytes of JSON read, after decompression."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """Tokens, in OpenTelemetry's words. None is unknown, which is not 0."""
+
+    input_tokens: int | None = None
+    """All of the input, the cached part included."""
+    output_tokens: int | None = None
+    """All of the output, the reasoning part included."""
+    cached_tokens: int | None = None
+    """The part of the input that was read from a cache."""
+    cache_write_tokens: int | None = None
+    """The part of the input that was written to a cache."""
+    reasoning_tokens: int | None = None
+    """The part of the output nobody sees."""
+    reported_cost: Decimal | None = None
+    """USD, where the provider says it."""
+    raw: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def is_known(self) -> bool:
+        return self.input_tokens is not None and self.output_tokens is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """A model's answer, read. All text is fit for the database."""
+
+    text: str
+    id: str = ""
+    model: str = ""
+    """The model that answered, which may be a dated version of the one asked."""
+    finish_reason: str = ""
+    """``stop``, ``length``, ``tool_calls``, ``content_filter`` or the provider's own word."""
+    refusal: str = ""
+    tool_calls: list[Any] = field(default_factory=list)
+    service_tier: str = ""
+    usage: Usage = field(default_factory=Usage)
+
+
+def read_completion(body: bytes) -> Completion:
+    """Read a provider's 2xx answer, OpenAI's shape or Anthropic's.
+
+    Raises ``UnreadableCompletion`` whose ``code`` says in a word what is wrong.
+    """
+    answer = _load(body)
+    if isinstance(answer, list) and answer and isinstance(answer[0], dict):
+        answer = answer[0]  # Gemini wraps errors in a list
+    if not isinstance(answer, dict):
+        raise UnreadableCompletion("not_json", "the answer is JSON, but not an object")
+    if answer.get("type") == "message" and isinstance(answer.get("content"), list):
+        return _read_anthropic(answer)
+    choices = answer.get("choices")
+    if not choices and "error" in answer:
+        # OpenRouter and others say it with status 200.
+        code, message = read_error(body)
+        raise UnreadableCompletion(
+            code or "error", message or "the provider answered with an error"
+        )
+    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        raise UnreadableCompletion("no_choices", "the answer has no choices")
+    return _read_openai(answer, choices[0])
+
+
+def _load(body: bytes) -> Any:
+    body = decompress(body)
+    if not body.strip():
+        raise UnreadableCompletion("empty", "the answer is empty")
+    try:
+        return json.loads(body.decode("utf-8", "replace"))
+    except RecursionError as error:
+        raise UnreadableCompletion("not_json", "the answer is nested too deeply") from error
+    except ValueError as error:
+        text = body[:200].lstrip()
+        if (
+            text[:1] in b"{["
+            and getattr(error, "pos", 0) >= len(body.decode("utf-8", "replace").rstrip()) - 1
+        ):
+            raise UnreadableCompletion("truncated", "the answer ends in the middle") from error
+        if text.startswith(b"{") and "Unterminated" in str(error):
+            raise UnreadableCompletion("truncated", "the answer ends in the middle") from error
+        if text.startswith((b"data:", b"event:")):
+            raise UnreadableCompletion(
+                "stream", "the answer is a stream of events, not one JSON"
+            ) from error
+        shown = clean_text(text[:80].decode("utf-8", "replace"))
+        raise UnreadableCompletion(
+            "not_json", f"the answer is not JSON; it begins {shown!r}"
+        ) from error
+
+
+def decompress(body: bytes) -> bytes:
+    """``body``, unpacked when it is gzip. Raises ``UnreadableCompletion`` when it would be too large."""
+    if body[:2] != b"\x1f\x8b":
+        return body
+    unpacker = zlib.decompressobj(wbits=31)
+    try:
+        unpacked = unpacker.decompress(body, LARGEST_ANSWER)
+    except zlib.error as error:
+        raise UnreadableCompletion("not_json", "the answer is broken gzip") from error
+    if unpacker.unconsumed_tail:
+        raise UnreadableCompletion(
+            "too_large", f"the answer is over {LARGEST_ANSWER} bytes unpacked"
+        )
+    if not unpacker.eof:
+        raise UnreadableCompletion("truncated", "the answer's gzip ends in the middle")
+    return unpacked
+
+
+def _read_openai(answer: dict[str, Any], choice: dict[str, Any]) -> Completion:
+    message = choice.get("message")
+    message = message if isinstance(message, dict) else {}
+    tool_calls = message.get("tool_calls")
+    return Completion(
+        text=_text(message.get("content") if message else choice.get("text")),
+        id=_text(answer.get("id"))[:255],
+        model=_text(answer.get("model"))[:255],
+        finish_reason=_text(choice.get("finish_reason"))[:64],
+        refusal=_text(message.get("refusal")),
+        tool_calls=clean_json(tool_calls) if isinstance(tool_calls, list) else [],
+        service_tier=_text(answer.get("service_tier"))[:64],
+        usage=read_usage(answer.get("usage")),
+    )
+
+
+_ANTHROPIC_FINISH = {
+    "end_turn": "stop",
+    "stop_sequence": "stop",
+    "max_tokens": "length",
+    "tool_use": "tool_calls",
+}
+
+
+def _read_anthropic(answer: dict[str, Any]) -> Completion:
+    blocks = [block for block in answer["content"] if isinstance(block, dict)]
+    stop_reason = _text(answer.get("stop_reason"))
+    return Completion(
+        text="".join(_text(block.get("text")) for block in blocks if block.get("type") == "text"),
+        id=_text(answer.get("id"))[:255],
+        model=_text(answer.get("model"))[:255],
+        finish_reason=_ANTHROPIC_FINISH.get(stop_reason, stop_reason)[:64],
+        tool_calls=[_tool_call(block) for block in blocks if block.get("type") == "tool_use"],
+        usage=read_usage(answer.get("usage")),
+    )
+
+
+def _tool_call(block: dict[str, Any]) -> dict[str, Any]:
+    """Anthropic's tool use in the one shape we keep, which is OpenAI's."""
+    arguments = json.dumps(clean_json(block.get("input")))
+    function = {"name": _text(block.get("name")), "arguments": arguments}
+    return {"id": _text(block.get("id")), "type": "function", "function": function}
+
+
+def _text(value: Any) -> str:
+    """Text out of a string or out of a list of parts."""
+    if isinstance(value, str):
+        return clean_text(value)
+    if isinstance(value, list):
+        parts = [part.get("text") for part in value if isinstance(part, dict)]
+        return clean_text("".join(part for part in parts if isinstance(part, str)))
+    return ""
+
+
+def read_usage(usage: Any) -> Usage:
+    """Tokens of any provider's ``usage``; what is not a sound count is unknown."""
+    if not isinstance(usage, dict):
+        return Usage()
+    raw = clean_json(usage)
+    if "prompt_tokens" not in usage and "input_tokens" in usage:
+        return _anthropic_usage(usage, raw)
+    input_details = _dict(usage, "prompt_tokens_details")
+    output_details = _dict(usage, "completion_tokens_details")
+    input_tokens = _count(usage.get("prompt_tokens"))
+    output_tokens = _count(usage.get("completion_tokens"))
+    total = _count(usage.get("total_tokens"))
+    if total is not None and input_tokens is not None:
+        # xAI, and Gemini on some paths, leave the reasoning out of completion_tokens.
+        output_tokens = max(output_tokens or 0, total - input_tokens)
+    cached = (
+        input_details.get("cached_tokens"),
+        usage.get("prompt_cache_hit_tokens"),
+        usage.get("cached_tokens"),
+    )
+    return Usage(
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        cached_tokens=next((n for each in cached if (n := _count(each)) is not None), None),
+        cache_write_tokens=_count(input_details.get("cache_write_tokens")),
+        reasoning_tokens=_count(output_details.get("reasoning_tokens")),
+        reported_cost=_money(usage.get("cost")),
+        raw=raw,
+    )
+
+
+def _anthropic_usage(usage: dict[str, Any], raw: dict[str, Any]) -> Usage:
+    """Anthropic counts what the cache gave and took outside ``input_tokens``."""
+    cached = _count(usage.get("cache_read_input_tokens"))
+    cache_write = _count(usage.get("cache_creation_input_tokens"))
+    uncached = _count(usage.get("input_tokens"))
+    # OpenAI's Responses API uses the same two names and counts the cache inside.
+    details = _dict(usage, "input_tokens_details")
+    input_tokens = uncached if uncached is None else uncached + (cached or 0) + (cache_write or 0)
+    return Usage(
+        input_tokens=input_tokens,
+        output_tokens=_count(usage.get("output_tokens")),
+        cached_tokens=cached if cached is not None else _count(details.get("cached_tokens")),
+        cache_write_tokens=cache_write,
+        reasoning_tokens=_count(_dict(usage, "output_tokens_details").get("thinking_tokens")),
+        raw=raw,
+    )
+
+
+def _dict(usage: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = usage.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def _count(value: Any) -> int | None:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    is_sound = (
+        isinstance(value, int) and not isinstance(value, bool) and 0 <= value < WIDEST_INTEGER
+    )
+    return value if is_sound else None
+
+
+def _money(value: Any) -> Decimal | None:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        amount = Decimal(str(value))
+    except InvalidOperation:
+        return None
+    return amount if amount.is_finite() and 0 <= amount < 1_000_000 else None
+
+
+def read_error(body: bytes) -> tuple[str, str]:
+    """A provider's non-2xx body as (code, message); both may be empty. Never raises.
+
+    Knows OpenAI's envelope, Anthropic's, flat ones (Cerebras, Mistral), a plain string (xAI) and
+    a list around any of them (Gemini).
+    """
+    try:
+        answer = json.loads(decompress(body).decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return "", clean_text(re.sub(r"\s+", " ", body[:500].decode("utf-8", "replace")).strip())
+    if isinstance(answer, list):
+        answer = answer[0] if answer else {}
+    if not isinstance(answer, dict):
+        return "", clean_text(str(answer), limit=500)
+    error = answer.get("error", answer)
+    if isinstance(error, str):
+        return clean_text(str(answer.get("code") or ""), limit=64), clean_text(error, limit=2000)
+    if not isinstance(error, dict):
+        return "", clean_text(str(error), limit=2000)
+    code = error.get("code") or error.get("type") or error.get("status") or ""
+    message = error.get("message") or error.get("detail") or ""
+    return clean_text(str(code), limit=64), clean_text(str(message), limit=2000)

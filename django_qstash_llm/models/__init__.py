@@ -1,0 +1,8 @@
+from __future__ import annotations
+
+from .batch import Batch
+from .callback import CallbackResponse
+from .conversation import Conversation
+from .request import LLMRequest
+
+__all__ = ["Batch", "CallbackResponse", "Conversation", "LLMRequest"]

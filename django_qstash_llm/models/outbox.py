@@ -1,0 +1,384 @@
+"""The outbox: pending rows on their way into QStash, many at a time.
+
+The row is the outbox. What Celery gets is only a doorbell: a task without arguments that takes
+whatever is pending. Claim in a short transaction, call QStash outside any, record in one update.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import uuid as uuids
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import cached_property
+
+from django.db import connections, transaction
+from django.db.models import F, Q
+from django.db.models.functions import Coalesce
+from django.utils import timezone
+
+from ..cleaning import clean_text
+from ..conf import app_settings, qstash_client
+from ..exceptions import ConfigurationError, InvalidRequest
+from ..providers import Provider, get_provider
+from ..qstash import (
+    Accepted,
+    AuthenticationError,
+    Client,
+    InvalidOption,
+    Message,
+    NotFound,
+    Options,
+    QStashError,
+    RateLimited,
+    Refused,
+    ResponseError,
+    TransportError,
+)
+from ..signals import request_submitted
+from .doorbell import Bell, ring_on_commit
+from .request import CLAIM_SECONDS, LLMRequest, LLMRequestQuerySet, State
+
+logger = logging.getLogger(__name__)
+
+ROWS_PER_CLAIM = 500
+DEDUPLICATION_WINDOW = timedelta(minutes=8)
+"""QStash remembers a deduplication id for 10 minutes. We stop relying on it a little earlier."""
+LONGEST_PAUSE = 300.0
+"""Seconds between two tries to submit, at most."""
+# Answers that say nothing about a message, only about us or the hour.
+_NOT_THE_MESSAGE = (AuthenticationError, RateLimited)
+
+# What a message is made of, and what the bookkeeping of its submission needs.
+_SUBMITTED_FIELDS = (
+    "uuid",
+    "state",
+    "provider",
+    "model",
+    "messages",
+    "parameters",
+    "labels",
+    "queue",
+    "not_before",
+    "retries",
+    "retry_delay",
+    "timeout",
+    "flow_control",
+    "redact",
+    "submission_number",
+    "submission_tries",
+    "first_tried_at",
+    "claim_token",
+    "claimed_until",
+)
+
+Submission = tuple[LLMRequest, Message]
+
+
+@dataclass
+class Outbox:
+    """Submits the pending rows of one database."""
+
+    using: str = "default"
+    clock: Callable[[], datetime] = timezone.now
+
+    @property
+    def rows(self) -> LLMRequestQuerySet:
+        return LLMRequest.objects.using(self.using)
+
+    @cached_property
+    def client(self) -> Client:
+        return qstash_client()
+
+    def due(self) -> LLMRequestQuerySet:
+        """Pending, not being submitted by anybody, and not told to wait."""
+        now = self.clock()
+        return self.rows.pending().filter(
+            Q(claimed_until=None) | Q(claimed_until__lt=now),
+            Q(submit_after=None) | Q(submit_after__lte=now),
+        )
+
+    def submit(self, *, limit: int = 2000) -> int:
+        """Submit up to ``limit`` due rows; answers how many were taken. Never raises for a row.
+
+        Raises ``ConfigurationError`` when nothing could be submitted at all; the rows stay pending.
+        """
+        app_settings().check_ready()
+        taken = 0
+        while taken < limit:
+            claimed = self.claim(min(ROWS_PER_CLAIM, limit - taken))
+            if not claimed:
+                break
+            taken += len(claimed)
+            for chunk in self.chunks(self.compose(self.settle_stale(claimed))):
+                self.hand_in(chunk)
+            self.cancel_meanwhile(claimed)
+        return taken
+
+    def claim(self, count: int) -> list[LLMRequest]:
+        """Take ``count`` due rows for ourselves, oldest first."""
+        token, now = uuids.uuid4(), self.clock()
+        free = self.due().order_by("id")
+        if connections[self.using].features.has_select_for_update_skip_locked:
+            free = free.select_for_update(skip_locked=True)
+        with transaction.atomic(using=self.using):
+            # One statement that finds and takes: nobody can come between.
+            self.due().filter(pk__in=free.values("pk")[:count]).update(
+                claim_token=token,
+                claimed_until=now + timedelta(seconds=CLAIM_SECONDS),
+                submission_tries=F("submission_tries") + 1,
+                first_tried_at=Coalesce("first_tried_at", now),
+            )
+        # What is not needed here is half of a row, and reading it half of the time.
+        return list(self.rows.filter(claim_token=token).only(*_SUBMITTED_FIELDS).order_by("id"))
+
+    def settle_stale(self, claimed: Sequence[LLMRequest]) -> list[LLMRequest]:
+        """Drop from ``claimed`` what QStash turns out to have.
+
+        Within the deduplication window the same id makes a second submission harmless. After it,
+        QStash's logs are asked first; only what they do not know is submitted anew.
+        """
+        oldest = self.clock() - DEDUPLICATION_WINDOW
+        to_submit = []
+        for llm_request in claimed:
+            first_tried_at = llm_request.first_tried_at
+            if first_tried_at is None or first_tried_at > oldest:
+                to_submit.append(llm_request)
+                continue
+            try:
+                entries = self.client.logs(label=llm_request.wire_label, count=1).items
+            except QStashError as error:
+                self.put_back([llm_request], error, was_sent=True)
+                continue
+            if entries:
+                self.record([(llm_request, Accepted(entries[0].message_id))])
+                continue
+            now, number = self.clock(), llm_request.submission_number + 1
+            self.rows.filter(pk=llm_request.pk).update(submission_number=number, first_tried_at=now)
+            llm_request.submission_number, llm_request.first_tried_at = number, now
+            to_submit.append(llm_request)
+        return to_submit
+
+    def compose(self, llm_requests: Sequence[LLMRequest]) -> Iterator[Submission]:
+        """Each row as QStash's message. A row that cannot become one fails, with the reason."""
+        composer = Composer()
+        for llm_request in llm_requests:
+            try:
+                if not (llm_request.provider and llm_request.model):
+                    self.prepare(llm_request)
+                yield llm_request, composer.message(llm_request)
+            except (
+                InvalidRequest,
+                InvalidOption,
+                ConfigurationError,
+                TypeError,
+                ValueError,
+            ) as error:
+                self.fail(llm_request, "cannot_submit", str(error))
+
+    def prepare(self, llm_request: LLMRequest) -> None:
+        """What ``save`` does. ``bulk_create`` and fixtures go round it."""
+        llm_request.prepare()
+        llm_request.save(
+            using=self.using, update_fields=["provider", "model", "retries", "timeout", "labels"]
+        )
+
+    def chunks(self, submissions: Iterator[Submission]) -> Iterator[list[Submission]]:
+        """Groups that fit one call, by count and by bytes."""
+        conf = app_settings()
+        chunk: list[Submission] = []
+        size = 0
+        for submission in submissions:
+            # Escaped once more inside the batch's JSON, and its headers beside it.
+            weight = len(submission[1].body) * 5 // 4 + 1500
+            if chunk and (len(chunk) >= conf.batch_size or size + weight > conf.batch_bytes):
+                yield chunk
+                chunk, size = [], 0
+            chunk.append(submission)
+            size += weight
+        if chunk:
+            yield chunk
+
+    def hand_in(self, chunk: Sequence[Submission]) -> None:
+        """One call for the group, and each row told what became of it."""
+        llm_requests, messages = [row for row, _ in chunk], [message for _, message in chunk]
+        try:
+            if len(messages) == 1:
+                answers = [self.client.publish(messages[0])]
+            else:
+                answers = self.client.batch(messages)
+            if [] in answers:
+                raise TransportError("QStash's answer is an empty list", is_ambiguous=True)
+        except TransportError as error:
+            self.put_back(llm_requests, error, was_sent=error.is_ambiguous)
+        except ResponseError as error:
+            self.take_refusal(chunk, error)
+        else:
+            self.record(
+                [(row, _one(answer)) for row, answer in zip(llm_requests, answers, strict=True)]
+            )
+
+    def take_refusal(self, chunk: Sequence[Submission], error: ResponseError) -> None:
+        """QStash refused the whole call."""
+        llm_requests = [row for row, _ in chunk]
+        if error.is_ambiguous or isinstance(error, _NOT_THE_MESSAGE):
+            self.put_back(llm_requests, error, was_sent=error.is_ambiguous)
+        elif len(chunk) == 1:
+            self.fail(llm_requests[0], f"qstash_{error.status}", str(error))
+        else:
+            # One of them is the culprit; the others must not suffer for it.
+            for submission in chunk:
+                self.hand_in([submission])
+
+    def put_back(
+        self, llm_requests: Sequence[LLMRequest], error: QStashError, *, was_sent: bool
+    ) -> None:
+        """Back to pending, to be tried later with the same deduplication id."""
+        logger.warning("%d requests could not be submitted: %s", len(llm_requests), error)
+        now = self.clock()
+        tries = max(row.submission_tries for row in llm_requests)
+        pause = min(LONGEST_PAUSE, 2.0 ** min(tries, 10)) * random.uniform(1.0, 1.2)  # noqa: S311
+        submit_after = now + timedelta(seconds=pause)
+        if isinstance(error, RateLimited) and error.reset is not None:
+            # Whatever it says: at least a second, at most a day.
+            seconds = min(max(error.reset - now.timestamp(), 1.0), 86_400.0)
+            submit_after = now + timedelta(seconds=seconds)
+        rows = self.claimed(llm_requests)
+        if not was_sent:
+            # It never arrived, so this try has not opened the deduplication window.
+            opened = [row.pk for row in llm_requests if row.first_tried_at == row.claimed_at]
+            rows.filter(pk__in=opened).update(first_tried_at=None)
+        # Its callback may have come, or somebody have cancelled it: then there is no later.
+        rows.pending().update(submit_after=submit_after, error=clean_text(str(error), limit=500))
+        rows.update(claim_token=None, claimed_until=None)
+
+    def claimed(self, llm_requests: Sequence[LLMRequest]) -> LLMRequestQuerySet:
+        """These rows, as far as our claim on them still holds."""
+        return self.rows.filter(
+            pk__in=[row.pk for row in llm_requests], claim_token=llm_requests[0].claim_token
+        )
+
+    def fail(self, llm_request: LLMRequest, code: str, error: str) -> None:
+        """No submission will succeed. Said only of a row that is still pending and ours."""
+        with transaction.atomic(using=self.using):
+            claimed = self.claimed([llm_request])
+            is_ours = claimed.pending().update(claim_token=None, claimed_until=None)
+            if is_ours and llm_request.fail(code, error, now=self.clock()):
+                ring_on_commit(Bell.ANNOUNCE, self.using)
+            claimed.update(claim_token=None, claimed_until=None)
+
+    def record(self, outcomes: Sequence[tuple[LLMRequest, Accepted | Refused]]) -> None:
+        """Write down QStash's answers: ids in one update, refusals one by one."""
+        accepted = [(row, answer) for row, answer in outcomes if isinstance(answer, Accepted)]
+        for row, answer in outcomes:
+            if isinstance(answer, Refused):
+                self.fail(row, "qstash_refused", answer.error)
+        if not accepted:
+            return
+        self.write_message_ids(
+            [(row.pk, clean_text(answer.message_id, limit=255)) for row, answer in accepted],
+            accepted[0][0],
+        )
+        if request_submitted.has_listeners(LLMRequest):
+            for row, answer in accepted:
+                row.state, row.qstash_message_id = State.SUBMITTED, answer.message_id
+                request_submitted.send_robust(LLMRequest, llm_request=row)
+
+    def write_message_ids(self, ids: Sequence[tuple[int, str]], claimed: LLMRequest) -> None:
+        """``pending -> submitted`` for many rows at once, guarded by our claim.
+
+        By hand, because ``bulk_update`` costs more than the HTTP calls. A callback may have come
+        first: then the state stays what it made of it, and only the id is filled in.
+        """
+        connection = connections[self.using]
+        table = connection.ops.quote_name(LLMRequest._meta.db_table)
+        token = LLMRequest._meta.get_field("claim_token")
+        claim = token.get_db_prep_value(claimed.claim_token, connection)
+        now = connection.ops.adapt_datetimefield_value(self.clock())
+        changes = f"""
+            UPDATE {table} SET qstash_message_id = {{id}}, claim_token = NULL, claimed_until = NULL,
+                submitted_at = COALESCE(submitted_at, %s),
+                error = CASE WHEN state = 'pending' THEN '' ELSE error END,
+                state = CASE WHEN state = 'pending' THEN 'submitted' ELSE state END
+        """  # noqa: S608 - the table's own name
+        with transaction.atomic(using=self.using), connection.cursor() as cursor:
+            if connection.vendor == "postgresql":
+                cursor.execute(
+                    f"""{changes.format(id="given.message_id")}
+                    FROM unnest(%s::bigint[], %s::text[]) AS given (pk, message_id)
+                    WHERE {table}.id = given.pk AND claim_token = %s""",
+                    [now, [pk for pk, _ in ids], [message_id for _, message_id in ids], claim],
+                )
+            else:
+                cursor.executemany(
+                    f"{changes.format(id='%s')} WHERE id = %s AND claim_token = %s",
+                    [(message_id, now, pk, claim) for pk, message_id in ids],
+                )
+
+    def cancel_meanwhile(self, llm_requests: Sequence[LLMRequest]) -> None:
+        """What somebody cancelled while it was on its way is cancelled at QStash too."""
+        first, last = llm_requests[0], llm_requests[-1]
+        # Asked of every claim and nearly always for nothing, so it must be cheap: no list of keys.
+        cancelled = self.rows.cancelled().filter(
+            pk__range=(first.pk, last.pk), finished_at__gte=first.claimed_at
+        )
+        with_qstash = cancelled.exclude(qstash_message_id="")
+        ids = list(with_qstash.values_list("qstash_message_id", flat=True))
+        if not ids:
+            return
+        try:
+            self.client.cancel_messages(ids)
+        except NotFound:
+            pass
+        except QStashError as error:
+            logger.warning("Cancelled here, but QStash could not be told of %s: %s", ids, error)
+
+
+def _one(answer: Accepted | Refused | list[Accepted | Refused]) -> Accepted | Refused:
+    # A list is a URL group's, and our destinations are no groups.
+    return answer[0] if isinstance(answer, list) else answer
+
+
+class Composer:
+    """Turns rows into messages, sharing what rows share: it is encoded once, not once a row."""
+
+    def __init__(self) -> None:
+        self.providers: dict[str, Provider] = {}
+        self.callback_base = app_settings().callback_url("").removesuffix("/")
+        self.shared: dict[tuple[object, ...], Options] = {}
+
+    def message(self, llm_request: LLMRequest) -> Message:
+        name = llm_request.provider
+        if name not in self.providers:
+            self.providers[name] = get_provider(name)
+        provider = self.providers[name]
+        url = f"{self.callback_base}{llm_request.uuid}/"
+        return Message(
+            destination=provider.destination,
+            body=provider.body(llm_request.model, llm_request.messages, llm_request.parameters),
+            options=self.options(llm_request, provider),
+            queue=llm_request.queue,
+            deduplication_id=llm_request.deduplication_id,
+            callback=url,
+            failure_callback=url,
+            label=llm_request.wire_label,
+        )
+
+    def options(self, row: LLMRequest, provider: Provider) -> Options:
+        # A moment of its own is the one thing that would fill this without being shared.
+        if row.not_before is not None:
+            return row.options(provider.headers)
+        key = (
+            provider.name,
+            row.retries,
+            row.retry_delay,
+            row.timeout,
+            repr(row.flow_control),
+            tuple(row.labels),
+            tuple(row.redact),
+        )
+        if key not in self.shared:
+            self.shared[key] = row.options(provider.headers)
+        return self.shared[key]

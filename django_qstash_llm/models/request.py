@@ -1,0 +1,708 @@
+"""``LLMRequest``: one thing asked of a model, from the asking to the answer."""
+
+from __future__ import annotations
+
+import json
+import math
+import uuid as uuids
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime, timedelta
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any, Self
+
+from asgiref.sync import sync_to_async
+from django.conf import settings
+from django.contrib.contenttypes.fields import GenericForeignKey
+from django.contrib.contenttypes.models import ContentType
+from django.db import models
+from django.db.models import Q
+from django.utils import timezone
+from django.utils.translation import gettext_lazy as _
+
+from ..cleaning import clean_json, clean_text
+from ..completions import Completion
+from ..conf import app_settings, qstash_client
+from ..exceptions import IllegalState, InvalidRequest
+from ..providers import get_provider
+from ..qstash import FlowControl, InvalidOption, NotFound, Options
+from ..qstash.options import check_name, is_integer, is_number
+from .doorbell import Bell, ring_on_commit
+
+if TYPE_CHECKING:
+    from ..pricing import Cost
+    from .callback import CallbackResponse
+
+LONGEST_TIMEOUT = 7200
+"""Seconds: QStash waits two hours for an answer, and no longer."""
+LONGEST_DELAY = 365 * 86_400
+"""Seconds: the longest delay of any QStash plan."""
+MOST_RETRIES = 100
+RESERVED_LABEL = "llm-request-"
+"""Labels that begin so are ours: by them a request is found again in QStash's logs."""
+MOST_MESSAGES = 10_000
+CLAIM_SECONDS = 300
+"""How long a claim of the outbox holds: longer than any call to QStash takes, retries included."""
+
+
+class State(models.TextChoices):
+    PENDING = "pending", _("pending")
+    SUBMITTED = "submitted", _("submitted")
+    COMPLETED = "completed", _("completed")
+    FAILED = "failed", _("failed")
+    CANCELLED = "cancelled", _("cancelled")
+
+
+UNFINISHED = (State.PENDING, State.SUBMITTED)
+ANNOUNCED = (State.COMPLETED, State.FAILED)
+
+
+class Via(models.TextChoices):
+    PUBLISH = "publish", _("publish")
+    ENQUEUE = "enqueue", _("enqueue")
+    BATCH = "batch", _("batch")
+
+
+class LLMRequestQuerySet(models.QuerySet["LLMRequest"]):
+    # --- what there is ---
+
+    def pending(self) -> Self:
+        """Not handed to QStash yet."""
+        return self.filter(state=State.PENDING)
+
+    def submitted(self) -> Self:
+        """With QStash; the answer is awaited."""
+        return self.filter(state=State.SUBMITTED)
+
+    def unfinished(self) -> Self:
+        return self.filter(state__in=UNFINISHED)
+
+    def completed(self) -> Self:
+        return self.filter(state=State.COMPLETED)
+
+    def failed(self) -> Self:
+        return self.filter(state=State.FAILED)
+
+    def cancelled(self) -> Self:
+        return self.filter(state=State.CANCELLED)
+
+    def finished(self) -> Self:
+        return self.exclude(state__in=UNFINISHED)
+
+    def unpriced(self) -> Self:
+        """Completed, and nobody can say what it cost."""
+        return self.completed().filter(cost=None)
+
+    def about(self, instance: models.Model) -> Self:
+        """Asked about this instance of any model."""
+        content_type = ContentType.objects.db_manager(self.db).get_for_model(instance)
+        return self.filter(content_type=content_type, object_id=str(instance.pk))
+
+    def cost(self) -> Decimal | None:
+        """USD spent on what is priced here; None when nothing is. See ``unpriced``."""
+        total: Decimal | None = self.aggregate(total=models.Sum("cost"))["total"]
+        return total
+
+    # --- asking ---
+
+    def publish(self, messages: Sequence[Mapping[str, Any]], **asked: Any) -> LLMRequest:
+        """Ask a model, durably: the row is written now, and submitted after the commit.
+
+        ``messages``: chat messages, ``[{"role": "user", "content": "…"}]``. Keyword arguments:
+
+        ``model``, ``provider``
+            Wire name of the model; name of an entry in ``PROVIDERS``. Default: the settings'.
+        ``about``, ``user``, ``tenant``, ``labels``, ``metadata``, ``conversation``
+            What it belongs to: any saved instance, a user, a text, texts, a JSON object.
+        ``delay`` (seconds or timedelta), ``not_before`` (aware datetime)
+            When QStash may first call the provider.
+        ``retries``, ``retry_delay`` (expression in ms, with ``retried``), ``timeout`` (seconds
+            per attempt, at most 7200), ``flow_control`` (``FlowControl``), ``redact``
+            How it is delivered.
+
+        Every other keyword argument (``temperature``, ``max_completion_tokens``, …) is a parameter
+        of the completion and goes to the provider under its own name.
+
+        Raises ``InvalidRequest`` that names the argument, or ``ConfigurationError``.
+        """
+        return self._ask(Via.PUBLISH, messages, asked)
+
+    def enqueue(
+        self, messages: Sequence[Mapping[str, Any]], *, queue: str, **asked: Any
+    ) -> LLMRequest:
+        """Like ``publish``, but one after the other with all that is in the same ``queue``."""
+        return self._ask(Via.ENQUEUE, messages, {**asked, "queue": queue})
+
+    async def apublish(self, messages: Sequence[Mapping[str, Any]], **asked: Any) -> LLMRequest:
+        """``publish`` for async code."""
+        return await sync_to_async(self.publish)(messages, **asked)
+
+    async def aenqueue(
+        self, messages: Sequence[Mapping[str, Any]], *, queue: str, **asked: Any
+    ) -> LLMRequest:
+        """``enqueue`` for async code."""
+        return await sync_to_async(self.enqueue)(messages, queue=queue, **asked)
+
+    def _ask(self, via: Via, messages: Any, asked: Mapping[str, Any]) -> LLMRequest:
+        app_settings().check_ready()
+        llm_request = self.model.compose(via=via, messages=messages, **asked)
+        llm_request.save(using=self.db, force_insert=True)
+        return llm_request
+
+
+class LLMRequest(models.Model):
+    """One thing asked of a model."""
+
+    uuid = models.UUIDField(default=uuids.uuid4, unique=True, editable=False)
+    state = models.CharField(_("state"), max_length=16, choices=State, default=State.PENDING)
+    via = models.CharField(_("via"), max_length=16, choices=Via, default=Via.PUBLISH)
+    trigger = models.CharField(_("trigger"), max_length=255, blank=True)
+
+    # what is asked, of whom
+    provider = models.CharField(_("provider"), max_length=64, blank=True)
+    model = models.CharField(_("model"), max_length=255, blank=True)
+    messages = models.JSONField(_("messages"), default=list)
+    parameters = models.JSONField(_("parameters"), default=dict, blank=True)
+
+    # what it belongs to
+    # Every index of this table is paid for at every change of state, so those over what most rows
+    # leave empty are partial (see Meta).
+    content_type = models.ForeignKey(
+        ContentType,
+        on_delete=models.SET_NULL,
+        null=True,
+        blank=True,
+        related_name="+",
+        db_index=False,
+    )
+    object_id = models.CharField(max_length=255, blank=True)
+    about = GenericForeignKey("content_type", "object_id")
+    user = models.ForeignKey(
+        settings.AUTH_USER_MODEL,
+        on_delete=models.SET_NULL,
+        null=True,
+        blank=True,
+        related_name="llm_requests",
+        db_index=False,
+        verbose_name=_("user"),
+    )
+    tenant = models.CharField(_("tenant"), max_length=255, blank=True)
+    labels = models.JSONField(_("labels"), default=list, blank=True)
+    metadata = models.JSONField(_("metadata"), default=dict, blank=True)
+    batch = models.ForeignKey(
+        "django_qstash_llm.Batch",
+        on_delete=models.SET_NULL,
+        null=True,
+        blank=True,
+        related_name="llm_requests",
+        db_index=False,
+        verbose_name=_("batch"),
+    )
+    conversation = models.ForeignKey(
+        "django_qstash_llm.Conversation",
+        on_delete=models.SET_NULL,
+        null=True,
+        blank=True,
+        related_name="llm_requests",
+        db_index=False,
+        verbose_name=_("conversation"),
+    )
+    resubmission_of = models.ForeignKey(
+        "self",
+        on_delete=models.SET_NULL,
+        null=True,
+        blank=True,
+        related_name="resubmissions",
+        db_index=False,
+        verbose_name=_("resubmission of"),
+    )
+
+    # how it is delivered
+    queue = models.CharField(_("queue"), max_length=255, blank=True)
+    not_before = models.DateTimeField(_("not before"), null=True, blank=True)
+    retries = models.PositiveSmallIntegerField(_("retries"), null=True, blank=True)
+    retry_delay = models.CharField(_("retry delay"), max_length=255, blank=True)
+    timeout = models.PositiveIntegerField(
+        _("timeout"), null=True, blank=True, help_text=_("Seconds.")
+    )
+    flow_control = models.JSONField(_("flow control"), default=dict, blank=True)
+    redact = models.JSONField(_("redact"), default=list, blank=True)
+
+    # the outbox
+    submission_number = models.PositiveSmallIntegerField(default=1)
+    """With ``uuid`` the deduplication id: the same for every try of one submission."""
+    submission_tries = models.PositiveIntegerField(default=0)
+    first_tried_at = models.DateTimeField(null=True, blank=True)
+    """When this submission may first have reached QStash; its deduplication window opens here."""
+    submit_after = models.DateTimeField(null=True, blank=True)
+    claim_token = models.UUIDField(null=True, blank=True, editable=False)
+    claimed_until = models.DateTimeField(null=True, blank=True, editable=False)
+    qstash_message_id = models.CharField(_("QStash message id"), max_length=255, blank=True)
+
+    # what came back
+    attempts = models.PositiveIntegerField(_("attempts"), default=0)
+    last_status = models.SmallIntegerField(
+        _("last status"),
+        null=True,
+        blank=True,
+        help_text=_("HTTP status of the last attempt; -1 is no response."),
+    )
+    dead_letter_id = models.CharField(_("dead letter"), max_length=255, blank=True)
+    completion = models.TextField(_("completion"), blank=True)
+    completion_id = models.CharField(_("completion id"), max_length=255, blank=True)
+    answered_by = models.CharField(_("answered by"), max_length=255, blank=True)
+    finish_reason = models.CharField(_("finish reason"), max_length=64, blank=True)
+    refusal = models.TextField(_("refusal"), blank=True)
+    tool_calls = models.JSONField(_("tool calls"), default=list, blank=True)
+    input_tokens = models.BigIntegerField(_("input tokens"), null=True, blank=True)
+    output_tokens = models.BigIntegerField(_("output tokens"), null=True, blank=True)
+    cached_tokens = models.BigIntegerField(_("cached tokens"), null=True, blank=True)
+    cache_write_tokens = models.BigIntegerField(_("cache write tokens"), null=True, blank=True)
+    reasoning_tokens = models.BigIntegerField(_("reasoning tokens"), null=True, blank=True)
+    usage = models.JSONField(_("usage"), default=dict, blank=True)
+    cost = models.DecimalField(
+        _("cost"),
+        max_digits=20,
+        decimal_places=12,
+        null=True,
+        blank=True,
+        help_text=_("USD; empty is unknown."),
+    )
+    cost_source = models.CharField(_("cost source"), max_length=32, blank=True)
+    error_code = models.CharField(_("error code"), max_length=64, blank=True)
+    error = models.TextField(_("error"), blank=True)
+
+    # telling
+    announced_at = models.DateTimeField(_("announced at"), null=True, blank=True)
+    announce_tries = models.PositiveSmallIntegerField(default=0)
+    announce_after = models.DateTimeField(null=True, blank=True)
+    announce_error = models.TextField(_("announce error"), blank=True)
+
+    created_at = models.DateTimeField(_("created at"), default=timezone.now, editable=False)
+    submitted_at = models.DateTimeField(_("submitted at"), null=True, blank=True)
+    finished_at = models.DateTimeField(_("finished at"), null=True, blank=True)
+
+    objects = LLMRequestQuerySet.as_manager()
+
+    class Meta:
+        verbose_name = _("LLM request")
+        verbose_name_plural = _("LLM requests")
+        ordering = ("-id",)
+        indexes = (
+            models.Index(fields=["state", "-id"], name="llm_request_state"),
+            models.Index(
+                fields=["content_type", "object_id", "-id"],
+                name="llm_request_about",
+                condition=Q(content_type__isnull=False),
+            ),
+            *(
+                models.Index(
+                    fields=[name],
+                    name=f"llm_request_{name[:12]}",
+                    condition=Q(**{f"{name}__isnull": False}),
+                )
+                for name in ("user", "batch", "conversation", "resubmission_of")
+            ),
+            # What is waiting is few among many: the outbox reads this one only.
+            models.Index(fields=["id"], name="llm_request_pending", condition=Q(state="pending")),
+            models.Index(
+                fields=["id"],
+                name="llm_request_unannounced",
+                condition=Q(announced_at=None, state__in=["completed", "failed"]),
+            ),
+            models.Index(
+                fields=["claim_token"],
+                name="llm_request_claimed",
+                condition=Q(claim_token__isnull=False),
+            ),
+        )
+
+    def __str__(self) -> str:
+        return f"{self.model} · {self.get_state_display()} · {self.uuid}"
+
+    def save(self, *args: Any, **kwargs: Any) -> None:
+        is_new = self._state.adding
+        if is_new and self.state == State.PENDING:
+            self.prepare()
+        super().save(*args, **kwargs)
+        if is_new and self.state == State.PENDING:
+            ring_on_commit(Bell.SUBMIT, self._state.db or "default")
+
+    # --- asking ---
+
+    @classmethod
+    def compose(
+        cls,
+        *,
+        messages: Any,
+        via: Via = Via.PUBLISH,
+        about: models.Model | None = None,
+        delay: float | timedelta | None = None,
+        flow_control: FlowControl | None = None,
+        **asked: Any,
+    ) -> Self:
+        """An unsaved request from the arguments of ``publish``. ``save`` checks it."""
+        names = {f.name for f in _askable_fields(cls)}
+        fields = {name: asked.pop(name) for name in list(asked) if name in names}
+        llm_request = cls(via=via, messages=messages, parameters=asked, **fields)
+        if flow_control is not None:
+            if not isinstance(flow_control, FlowControl):
+                raise InvalidRequest("flow_control", "give a qstash.FlowControl(key=…, rate=…)")
+            llm_request.flow_control = _flow_control_json(flow_control)
+        if about is not None:
+            if not isinstance(about, models.Model) or about.pk is None:
+                raise InvalidRequest("about", "give a saved model instance")
+            llm_request.about = about
+        if delay is not None:
+            if fields.get("not_before") is not None:
+                raise InvalidRequest("delay", "give delay or not_before, not both")
+            llm_request.not_before = timezone.now() + _as_delay(delay)
+        return llm_request
+
+    def prepare(self) -> None:
+        """Fill in the defaults, and raise ``InvalidRequest`` unless this can be asked."""
+        conf = app_settings()
+        self.provider = self.provider or conf.default_provider
+        self.model = self.model or conf.default_model
+        self.retries = conf.retries if self.retries is None else self.retries
+        self.timeout = conf.timeout if self.timeout is None else self.timeout
+        self.messages = clean_json(self.messages)
+        self.parameters = clean_json(self.parameters)
+        _check_messages(self.messages)
+        _check_parameters(self.parameters)
+        self._check_delivery()
+        self._check_belongings()
+        provider = get_provider(self.provider)
+        if not isinstance(self.model, str) or len(self.model) > 255:
+            raise InvalidRequest("model", f"{self.model!r} is not a model's name")
+        provider.check_model(self.model)
+        self._check_size(conf.max_body_bytes)
+
+    def _check_delivery(self) -> None:
+        if self.via == Via.ENQUEUE and not self.queue:
+            raise InvalidRequest("queue", "enqueue needs the name of a queue")
+        if self.queue and self.via == Via.PUBLISH:
+            raise InvalidRequest("queue", "publish takes no queue; use enqueue(queue=…)")
+        if self.queue and self.not_before:
+            raise InvalidRequest("delay", "QStash delays no enqueued message; publish it instead")
+        if not is_integer(self.retries) or not 0 <= (self.retries or 0) <= MOST_RETRIES:
+            raise InvalidRequest("retries", f"{self.retries!r} is not between 0 and {MOST_RETRIES}")
+        if self.timeout is not None:
+            if not is_number(self.timeout) or not 1 <= self.timeout <= LONGEST_TIMEOUT:
+                raise InvalidRequest(
+                    "timeout",
+                    f"{self.timeout!r} is not between 1 and {LONGEST_TIMEOUT} seconds (2 hours)",
+                )
+            self.timeout = math.ceil(self.timeout)
+        if self.not_before is not None:
+            if not isinstance(self.not_before, datetime) or timezone.is_naive(self.not_before):
+                raise InvalidRequest("not_before", "give an aware datetime")
+            if self.not_before > timezone.now() + timedelta(seconds=LONGEST_DELAY):
+                raise InvalidRequest(
+                    "not_before", "more than a year ahead, further than QStash keeps it"
+                )
+        try:
+            self.options()
+            if self.queue:
+                check_name("queue", self.queue)
+        except InvalidOption as error:
+            raise InvalidRequest(error.field, error.problem) from error
+
+    def _check_belongings(self) -> None:
+        if not isinstance(self.tenant, str) or len(self.tenant) > 255:
+            raise InvalidRequest("tenant", "give a text of at most 255 characters")
+        if not isinstance(self.metadata, dict):
+            raise InvalidRequest("metadata", "give a dictionary")
+        if not isinstance(self.labels, list | tuple) or not all(
+            isinstance(x, str) for x in self.labels
+        ):
+            raise InvalidRequest("labels", "give a list of texts")
+        self.labels = list(self.labels)
+        reserved = [label for label in self.labels if label.startswith(RESERVED_LABEL)]
+        if reserved:
+            raise InvalidRequest(
+                "labels",
+                f"{reserved[0]!r} begins with {RESERVED_LABEL!r}, which is reserved; choose another",
+            )
+        self.metadata = clean_json(self.metadata)
+        self.tenant = clean_text(self.tenant)
+
+    def _check_size(self, limit: int) -> None:
+        try:
+            size = len(self.body())
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest("messages", f"cannot be written as JSON: {error}") from error
+        if size > limit:
+            raise InvalidRequest(
+                "messages",
+                f"the request weighs {size} bytes and QStash would refuse it: MAX_BODY_BYTES is {limit}. "
+                "Shorten it, or raise the setting if your plan allows more.",
+            )
+
+    # --- what goes over the wire ---
+
+    @property
+    def claimed_at(self) -> datetime | None:
+        return self.claimed_until and self.claimed_until - timedelta(seconds=CLAIM_SECONDS)
+
+    @property
+    def deduplication_id(self) -> str:
+        return f"{self.uuid}-{self.submission_number}"
+
+    @property
+    def wire_label(self) -> str:
+        """The label by which this request is found in QStash's logs and dead letters."""
+        return f"{RESERVED_LABEL}{self.uuid}"
+
+    def body(self) -> bytes:
+        """What the provider is sent."""
+        return get_provider(self.provider).body(self.model, self.messages, self.parameters)
+
+    def options(self, headers: Mapping[str, str] | None = None) -> Options:
+        """How QStash is to deliver it. ``headers`` are the provider's, with its key."""
+        secret = tuple(f"header[{name}]" for name in headers or ())
+        callback = Options(retries=app_settings().callback_retries)
+        return Options(
+            content_type="application/json",
+            headers=headers or {},
+            not_before=self.not_before,
+            retries=self.retries,
+            retry_delay=self.retry_delay,
+            timeout=self.timeout,
+            callback=callback,
+            failure_callback=callback,
+            flow_control=FlowControl(**self.flow_control) if self.flow_control else None,
+            labels=tuple(self.labels),
+            redact=(*secret, *(self.redact or ())),
+        )
+
+    # --- what happens to it: each verb an update guarded by the state it leaves ---
+
+    def _change(self, states: Iterable[State], **fields: Any) -> bool:
+        """Whether the row was in one of ``states`` and now has ``fields``."""
+        rows = type(self).objects.using(self._state.db).filter(pk=self.pk, state__in=list(states))
+        has_changed = bool(rows.update(**fields))
+        if has_changed:
+            for name, value in fields.items():
+                setattr(self, name, value)
+        return has_changed
+
+    def note_attempt(self, receipt: CallbackResponse) -> None:
+        """One attempt at the provider is known. Later news of an earlier one changes nothing."""
+        rows = type(self).objects.using(self._state.db).filter(pk=self.pk)
+        # A callback proves that QStash has it, whatever became of the answer to our submission.
+        rows.filter(state=State.PENDING).update(
+            state=State.SUBMITTED, submitted_at=receipt.received_at, submit_after=None
+        )
+        rows.filter(attempts__lte=receipt.retried).update(
+            attempts=receipt.retried + 1, last_status=receipt.status
+        )
+        rows.filter(qstash_message_id="").update(qstash_message_id=receipt.source_message_id)
+        self.refresh_from_db()
+
+    def note_dead_letter(self, dead_letter_id: str) -> None:
+        """QStash keeps it among its dead letters, from where it can be retried."""
+        rows = type(self).objects.using(self._state.db).filter(pk=self.pk)
+        rows.update(dead_letter_id=dead_letter_id)
+        self.dead_letter_id = dead_letter_id
+
+    def complete(self, completion: Completion, cost: Cost | None, *, now: datetime) -> bool:
+        """The answer is there. It wins over a failure that was told before it."""
+        usage = completion.usage
+        return self._change(
+            (State.PENDING, State.SUBMITTED, State.FAILED),
+            state=State.COMPLETED,
+            finished_at=now,
+            completion=completion.text,
+            completion_id=completion.id,
+            answered_by=completion.model,
+            finish_reason=completion.finish_reason,
+            refusal=completion.refusal,
+            tool_calls=completion.tool_calls,
+            input_tokens=usage.input_tokens,
+            output_tokens=usage.output_tokens,
+            cached_tokens=usage.cached_tokens,
+            cache_write_tokens=usage.cache_write_tokens,
+            reasoning_tokens=usage.reasoning_tokens,
+            usage=dict(usage.raw),
+            cost=cost and cost.amount,
+            cost_source=cost.source if cost else "",
+            error_code="",
+            error="",
+            **_NOT_ANNOUNCED,
+        )
+
+    def fail(self, code: str, error: str, *, now: datetime) -> bool:
+        """No answer will come, and why."""
+        return self._change(
+            UNFINISHED,
+            state=State.FAILED,
+            finished_at=now,
+            error_code=clean_text(code, limit=64),
+            error=clean_text(error, limit=10_000),
+            **_NOT_ANNOUNCED,
+        )
+
+    def cancel(self, *, now: datetime | None = None) -> None:
+        """Ask no more. An attempt that is in flight may still finish, and is not waited for.
+
+        Raises ``IllegalState`` when the request is finished, and QStash's errors when it could
+        not be told; then the request goes on.
+        """
+        self._cancel_at_qstash()
+        if not self._change(UNFINISHED, state=State.CANCELLED, finished_at=now or timezone.now()):
+            self.refresh_from_db(fields=["state"])
+            raise IllegalState(
+                f"{self.uuid} is {self.state}: only an unfinished request can be cancelled."
+            )
+        if not self.qstash_message_id:
+            # Submitted a moment ago, perhaps. If it is being submitted now, the outbox sees to it.
+            self.refresh_from_db(fields=["qstash_message_id"])
+            self._cancel_at_qstash()
+
+    def _cancel_at_qstash(self) -> None:
+        if self.qstash_message_id:
+            # Not found: delivered or given up a moment ago. What it says will not be waited for.
+            with suppress(NotFound):
+                qstash_client().cancel_message(self.qstash_message_id)
+
+    def resubmit(self) -> LLMRequest:
+        """Ask the same again, as a request of its own that names this one.
+
+        Raises ``IllegalState`` while an answer to this one may still come.
+        """
+        self.refresh_from_db(fields=["state"])
+        if self.state in UNFINISHED:
+            raise IllegalState(f"{self.uuid} is {self.state}: an answer may still come.")
+        copied = {f.attname: getattr(self, f.attname) for f in _askable_fields(type(self))}
+        again = type(self)(
+            **copied,
+            parameters=self.parameters,
+            messages=self.messages,
+            via=self.via,
+            flow_control=self.flow_control,
+            content_type_id=self.content_type_id,
+            object_id=self.object_id,
+            resubmission_of=self,
+        )
+        again.not_before = None
+        again.save(using=self._state.db)
+        return again
+
+    def announce_again(self) -> None:
+        """Tell trigger and receivers anew, after they failed and were perhaps given up on.
+
+        Raises ``IllegalState`` when there is nothing to tell, or it has been told.
+        """
+        rows = type(self).objects.using(self._state.db).filter(pk=self.pk, announced_at=None)
+        if not rows.filter(state__in=ANNOUNCED).update(**_NOT_ANNOUNCED):
+            self.refresh_from_db(fields=["state", "announced_at"])
+            told = "has been announced" if self.announced_at else f"is {self.state}"
+            raise IllegalState(f"{self.uuid} {told}: there is nothing to announce.")
+        ring_on_commit(Bell.ANNOUNCE, self._state.db or "default")
+
+    def is_superseded(self) -> bool:
+        """Whether the same trigger has asked about the same thing since."""
+        if not self.trigger or not self.object_id:
+            return False
+        newer = (
+            type(self)
+            .objects.using(self._state.db)
+            .filter(
+                trigger=self.trigger,
+                content_type_id=self.content_type_id,
+                object_id=self.object_id,
+                pk__gt=self.pk,
+            )
+        )
+        return newer.exclude(state=State.CANCELLED).exists()
+
+    def answer_json(self) -> Any:
+        """The completion read as JSON, for requests with a ``response_format``. Raises ``ValueError``."""
+        return json.loads(self.completion)
+
+
+_NOT_ANNOUNCED: dict[str, Any] = {
+    "announced_at": None,
+    "announce_tries": 0,
+    "announce_after": None,
+    "announce_error": "",
+}
+_ASKABLE = (
+    "provider",
+    "model",
+    "user",
+    "tenant",
+    "labels",
+    "metadata",
+    "batch",
+    "conversation",
+    "trigger",
+    "queue",
+    "not_before",
+    "retries",
+    "retry_delay",
+    "timeout",
+    "redact",
+)
+# Words that mean something to us elsewhere; passed through they would be silently ignored.
+_MISPLACED = {
+    "label": "give labels=[…]",
+    "callback": "the callback URL is ours: see CALLBACK_BASE_URL",
+    "deduplication_id": "the deduplication id is ours: the request's uuid",
+    "api_key": "keys are held in QSTASH_LLM['PROVIDERS'], never on a request",
+    "base_url": "give provider=… and its BASE_URL in QSTASH_LLM['PROVIDERS']",
+    "messages": "given twice",
+    "state": "a request's state is not given but changed by its verbs",
+}
+
+
+def _askable_fields(cls: type[LLMRequest]) -> list[models.Field[Any, Any]]:
+    return [cls._meta.get_field(name) for name in _ASKABLE]  # type: ignore[misc]
+
+
+def _as_delay(delay: float | timedelta) -> timedelta:
+    seconds = delay.total_seconds() if isinstance(delay, timedelta) else delay
+    if not is_number(seconds) or not 0 <= seconds <= LONGEST_DELAY:
+        raise InvalidRequest("delay", f"{delay!r} is not between 0 seconds and a year")
+    return timedelta(seconds=seconds)
+
+
+def _flow_control_json(flow_control: FlowControl) -> dict[str, Any]:
+    names = ("key", "parallelism", "rate", "period")
+    return {name: value for name in names if (value := getattr(flow_control, name)) is not None}
+
+
+def _check_messages(messages: Any) -> None:
+    if not isinstance(messages, list) or not messages:
+        raise InvalidRequest("messages", "give a list of at least one {'role': …, 'content': …}")
+    if len(messages) > MOST_MESSAGES:
+        raise InvalidRequest("messages", f"{len(messages)} messages; {MOST_MESSAGES} at most")
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise InvalidRequest(f"messages[{index}]", "not a dictionary with role and content")
+        if not isinstance(message.get("role"), str) or not message["role"]:
+            raise InvalidRequest(
+                f"messages[{index}].role", "missing; give 'system', 'user' or 'assistant'"
+            )
+        content = message.get("content")
+        if content is None and message["role"] == "assistant" and len(message) > 1:
+            continue  # a tool call, a refusal or audio stands in for the content
+        if not isinstance(content, str | list) or not content:
+            raise InvalidRequest(
+                f"messages[{index}].content", "empty; give a text or a list of parts"
+            )
+
+
+def _check_parameters(parameters: Any) -> None:
+    if not isinstance(parameters, dict):
+        raise InvalidRequest("parameters", "give a dictionary")
+    if parameters.get("stream"):
+        raise InvalidRequest(
+            "stream",
+            "a durable request cannot stream: QStash delivers whole answers. "
+            "Use the Chat API for streamed completions.",
+        )
+    for name, remedy in _MISPLACED.items():
+        if name in parameters:
+            raise InvalidRequest(name, f"not a parameter of a completion: {remedy}")

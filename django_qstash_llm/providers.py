@@ -1,0 +1,214 @@
+"""Who answers, and how each wants to be asked.
+
+A provider is an entry of ``QSTASH_LLM["PROVIDERS"]``; a row holds only its name. Keys:
+
+``KIND``
+    ``openai``, ``anthropic``, ``upstash`` or ``custom``. May be left out where the entry's name
+    says it, and where ``BASE_URL`` makes it ``custom``.
+``API_KEY``
+    Goes to this provider's own host and nowhere else.
+``BASE_URL``
+    A base URL with or without ``/v1``, or the full URL of the endpoint.
+``ORGANIZATION``
+    OpenAI's organization id.
+``MODELS``
+    When given, the only models this provider may be asked.
+``MAX_TOKENS``
+    Anthropic requires ``max_tokens``; this is sent when the request names none. Default 4096.
+``HELICONE_API_KEY``
+    Puts Helicone's gateway in front.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from .conf import app_settings
+from .exceptions import ConfigurationError, InvalidRequest
+from .qstash.message import HOSTED_LLM, JSONText
+
+HOSTED_MODELS = ("meta-llama/Meta-Llama-3-8B-Instruct", "mistralai/Mistral-7B-Instruct-v0.2")
+"""The models Upstash used to host, which the ``upstash`` provider still names."""
+KINDS = ("openai", "anthropic", "upstash", "custom")
+OPTIONS = (
+    "KIND",
+    "API_KEY",
+    "BASE_URL",
+    "ORGANIZATION",
+    "MODELS",
+    "MAX_TOKENS",
+    "HELICONE_API_KEY",
+)
+ANTHROPIC_VERSION = "2023-06-01"
+HELICONE_URL = "https://gateway.helicone.ai"
+HELICONE_UPSTASH_URL = "https://qstash.helicone.ai/llm/v1/chat/completions"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provider:
+    """Where a request goes and what goes with it."""
+
+    name: str
+    kind: str
+    destination: str
+    """The endpoint's URL, or ``api/llm``."""
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Forwarded by QStash. They carry the key."""
+    models: tuple[str, ...] = ()
+    """The only ones it may be asked; empty is any."""
+    max_tokens: int = 4096
+
+    def check_model(self, model: str) -> None:
+        """Raise ``InvalidRequest`` for a model this provider is known not to have."""
+        if self.models and model not in self.models:
+            raise InvalidRequest(
+                "model",
+                f"{model!r} is not one that {self.name!r} may be asked: "
+                f"{', '.join(self.models)}. Add it to MODELS of QSTASH_LLM['PROVIDERS'], "
+                "or ask another provider.",
+            )
+
+    def body(
+        self, model: str, messages: list[dict[str, Any]], parameters: Mapping[str, Any]
+    ) -> bytes:
+        """The JSON this provider is sent. ``parameters`` pass through under their own names."""
+        if self.kind == "anthropic":
+            fields = _anthropic_body(model, messages, parameters, self.max_tokens)
+        else:
+            fields = {"model": model, "messages": messages, **parameters}
+        return JSONText.dump(fields)
+
+
+def get_provider(name: str) -> Provider:
+    """The provider of that name. Raises ``InvalidRequest`` or, for a wrong entry, ``ConfigurationError``."""
+    conf = app_settings()
+    options = conf.providers.get(name)
+    if options is None:
+        if name != "upstash":
+            known = ", ".join(sorted({*conf.providers, "upstash"}))
+            raise InvalidRequest(
+                "provider",
+                f"there is no provider {name!r}; there are {known}. "
+                "Add it to QSTASH_LLM['PROVIDERS'].",
+            )
+        options = {}
+    return build_provider(name, options)
+
+
+def build_provider(name: str, options: Mapping[str, Any]) -> Provider:
+    """A provider from its entry in the settings. Raises ``ConfigurationError``."""
+    setting = f"QSTASH_LLM['PROVIDERS'][{name!r}]"
+    unknown = sorted(set(options) - set(OPTIONS))
+    if unknown:
+        raise ConfigurationError(
+            f"{setting} has no option {unknown[0]!r}; there are {', '.join(OPTIONS)}."
+        )
+    kind = options.get("KIND") or (name if name in KINDS else "custom")
+    if kind not in KINDS:
+        raise ConfigurationError(f"{setting}['KIND'] is {kind!r}; there are {', '.join(KINDS)}.")
+    key = str(options.get("API_KEY") or "").strip()
+    if not key and kind in {"openai", "anthropic"}:
+        raise ConfigurationError(f"{setting}['API_KEY'] is not set.")
+    if not key.isascii() or not key.isprintable():
+        raise ConfigurationError(f"{setting}['API_KEY'] is not printable ASCII.")
+    base_url = str(options.get("BASE_URL") or "")
+    if kind == "custom" and not base_url:
+        raise ConfigurationError(f"{setting}['BASE_URL'] is not set.")
+    if base_url and not re.match(r"https?://[^/\s]+", base_url):
+        raise ConfigurationError(f"{setting}['BASE_URL'] is {base_url!r}, not an http(s) URL.")
+    destination, headers = _ROUTES[kind](key, base_url, options)
+    if options.get("HELICONE_API_KEY"):
+        destination, headers = _through_helicone(
+            destination, headers, str(options["HELICONE_API_KEY"])
+        )
+    return Provider(
+        name=name,
+        kind=kind,
+        destination=destination,
+        headers=headers,
+        models=tuple(options.get("MODELS") or (HOSTED_MODELS if kind == "upstash" else ())),
+        max_tokens=int(options.get("MAX_TOKENS") or 4096),
+    )
+
+
+Route = tuple[str, dict[str, str]]
+
+
+def _openai(key: str, base_url: str, options: Mapping[str, Any]) -> Route:
+    headers = {"Authorization": f"Bearer {key}"}
+    if options.get("ORGANIZATION"):
+        headers["OpenAI-Organization"] = str(options["ORGANIZATION"])
+    return chat_url(base_url or "https://api.openai.com/v1"), headers
+
+
+def _anthropic(key: str, base_url: str, options: Mapping[str, Any]) -> Route:
+    headers = {"x-api-key": key, "anthropic-version": ANTHROPIC_VERSION}
+    return endpoint_url(base_url or "https://api.anthropic.com", "/messages"), headers
+
+
+def _upstash(key: str, base_url: str, options: Mapping[str, Any]) -> Route:
+    return HOSTED_LLM, {}
+
+
+def _custom(key: str, base_url: str, options: Mapping[str, Any]) -> Route:
+    # A server on the local network often wants no key at all.
+    return chat_url(base_url), {"Authorization": f"Bearer {key}"} if key else {}
+
+
+_ROUTES = {"openai": _openai, "anthropic": _anthropic, "upstash": _upstash, "custom": _custom}
+
+
+def chat_url(base_url: str) -> str:
+    """The chat-completions endpoint of an OpenAI-compatible base URL.
+
+    >>> chat_url("https://h") == chat_url("https://h/v1/") == "https://h/v1/chat/completions"
+    True
+    """
+    return endpoint_url(base_url, "/chat/completions")
+
+
+def endpoint_url(base_url: str, endpoint: str) -> str:
+    """``base_url`` may lack the version, end in it, or be the endpoint already; a query is kept."""
+    parts = urlsplit(base_url.strip())
+    path = re.sub(r"/{2,}", "/", parts.path).rstrip("/")
+    if not path.endswith(endpoint):
+        has_version = re.search(r"/v\d+[a-z0-9]*(/|$)", path)
+        path += endpoint if has_version else f"/v1{endpoint}"
+    return urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
+
+
+def _through_helicone(destination: str, headers: Mapping[str, str], key: str) -> Route:
+    through = {**headers, "Helicone-Auth": f"Bearer {key}"}
+    if destination == HOSTED_LLM:
+        return HELICONE_UPSTASH_URL, {
+            **through,
+            "Authorization": f"Bearer {app_settings().qstash_token}",
+        }
+    parts = urlsplit(destination)
+    through["Helicone-Target-Url"] = f"{parts.scheme}://{parts.netloc}"
+    query = f"?{parts.query}" if parts.query else ""
+    return f"{HELICONE_URL}{parts.path}{query}", through
+
+
+def _anthropic_body(
+    model: str, messages: list[dict[str, Any]], parameters: Mapping[str, Any], max_tokens: int
+) -> dict[str, Any]:
+    """Anthropic's Messages shape: the system prompt stands apart, and ``max_tokens`` is a must."""
+    fields: dict[str, Any] = {"model": model, "max_tokens": max_tokens}
+    system = [m["content"] for m in messages if m["role"] in {"system", "developer"}]
+    if system:
+        all_text = all(isinstance(content, str) for content in system)
+        fields["system"] = "\n\n".join(system) if all_text else _text_blocks(system)
+    fields["messages"] = [m for m in messages if m["role"] not in {"system", "developer"}]
+    return fields | dict(parameters)
+
+
+def _text_blocks(contents: list[Any]) -> list[Any]:
+    blocks: list[Any] = []
+    for content in contents:
+        blocks += [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return blocks

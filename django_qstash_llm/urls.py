@@ -1,0 +1,14 @@
+"""Mount with ``path("llm/", include("django_qstash_llm.urls"))``; ``CALLBACK_BASE_URL`` names that place."""
+
+from __future__ import annotations
+
+from django.urls import path
+
+from .views import CallbackView
+
+app_name = "django_qstash_llm"
+urlpatterns = [
+    path("callback/<uuid:uuid>/", CallbackView.as_view(), name="callback"),
+    # Without the slash too: a redirect would count as a failed delivery.
+    path("callback/<uuid:uuid>", CallbackView.as_view()),
+]

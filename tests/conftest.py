@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+from django.conf import settings
+from django.test import Client
+from django.utils import timezone
+
+from django_qstash_llm.models import LLMRequest
+from django_qstash_llm.qstash import Callback, sign
+
+from .wire import FakeQStash, Wire
+from .wire import wire as the_wire
+
+ANSWER = {
+    "id": "chatcmpl-1",
+    "object": "chat.completion",
+    "created": 1,
+    "model": "gpt-5.4-mini-2026-03-01",
+    "choices": [
+        {
+            "index": 0,
+            "finish_reason": "stop",
+            "message": {"role": "assistant", "content": "Forty-two."},
+        }
+    ],
+    "usage": {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12},
+}
+
+
+@pytest.fixture
+def wire() -> Iterator[Wire]:
+    the_wire.clear()
+    yield the_wire
+    the_wire.clear()
+
+
+@pytest.fixture
+def qstash(wire: Wire) -> FakeQStash:
+    """A QStash that takes everything and delivers nothing."""
+    wire.hosts["testserver"] = fake = FakeQStash()
+    return fake
+
+
+@pytest.fixture
+def post_callback(client: Client) -> Callable[..., Any]:
+    """POSTs to the callback view what QStash would: a signed envelope."""
+
+    def post(
+        llm_request: LLMRequest | None,
+        callback: Callback | bytes,
+        *,
+        url: str = "",
+        key: str = settings.QSTASH_CURRENT_SIGNING_KEY,
+        signature: str | None = None,
+        **extra: Any,
+    ) -> Any:
+        url = url or f"http://testserver/llm/callback/{llm_request.uuid}/"
+        body = callback if isinstance(callback, bytes) else callback.to_json()
+        if signature is None:
+            signature = sign(body, url=url, key=key, now=timezone.now().timestamp())
+        return client.post(
+            httpx.URL(url).path,
+            data=body,
+            content_type=extra.pop("content_type", "application/json"),
+            headers={"Upstash-Signature": signature, **extra.pop("headers", {})},
+            **extra,
+        )
+
+    return post
