@@ -34,9 +34,12 @@ def main() -> int:
     options = parse_arguments()
     options.directory.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        # A low burst against many articles: some meet a 429, as in life.
-        provider = stack.enter_context(Provider(rpm=900, tpm=200_000, burst=8, latency=0.2))
+        # The same ports at every start: what is on its way when the process is killed names them.
         port = free_port(options.port)
+        # A low burst against many articles: some meet a 429, as in life.
+        provider = stack.enter_context(
+            Provider(rpm=900, tpm=200_000, burst=8, latency=0.2, port=free_port(port + 1))
+        )
         set_environment(options, port, provider)
         prepare_database()
         stack.enter_context(site(port))

@@ -65,11 +65,15 @@ CELERY_BROKER_URL = env("CELERY_BROKER_URL", default="memory://")
 CELERY_BROKER_TRANSPORT_OPTIONS = (
     {"polling_interval": 0.05} if CELERY_BROKER_URL.startswith("memory:") else {}
 )
+# Several sites may share one broker.
+CELERY_TASK_DEFAULT_QUEUE = env("CELERY_TASK_DEFAULT_QUEUE", default="celery")
 CELERY_TASK_IGNORE_RESULT = True
 CELERY_WORKER_HIJACK_ROOT_LOGGER = False
+# Finds what a killed worker or a lost broker has left behind.
+SWEEP_SECONDS = env.float("SWEEP_SECONDS", default=10.0)
 CELERY_BEAT_SCHEDULE = {
-    "llm-sweep": {"task": "django_qstash_llm.sweep", "schedule": 10.0},
-    "qstash-server-sweep": {"task": "qstash_server.sweep", "schedule": 10.0},
+    "llm-sweep": {"task": "django_qstash_llm.sweep", "schedule": SWEEP_SECONDS},
+    "qstash-server-sweep": {"task": "qstash_server.sweep", "schedule": SWEEP_SECONDS},
 }
 
 # Where this site is reached: by QStash, which here is the server mounted at /qstash/.

@@ -88,11 +88,10 @@ REST_FRAMEWORK = {
     "DEFAULT_RENDERER_CLASSES": ["rest_framework.renderers.BrowsableAPIRenderer"],
 }
 
-# The identity of QStash's development server: public, and refused outside DEBUG.
 QSTASH_URL = "http://testserver/qstash"
-QSTASH_TOKEN = "eyJVc2VySUQiOiJkZWZhdWx0VXNlciIsIlBhc3N3b3JkIjoiZGVmYXVsdFBhc3N3b3JkIn0="
-QSTASH_CURRENT_SIGNING_KEY = "sig_7kYjw48mhY7kAjqNGcy6cr29RJ6r"
-QSTASH_NEXT_SIGNING_KEY = "sig_5ZB6DVzB1wjE8S6rZ7eenA8Pdnhs"
+QSTASH_TOKEN = "token-of-the-tests"
+QSTASH_CURRENT_SIGNING_KEY = "sig_current_key_of_the_tests_0001"
+QSTASH_NEXT_SIGNING_KEY = "sig_next_key_of_the_tests_000002"
 QSTASH_LLM = {
     "CALLBACK_BASE_URL": "http://testserver/llm",
     "PROVIDERS": {
@@ -106,6 +105,9 @@ QSTASH_LLM = {
     "TRANSPORT": "tests.wire.wire",
 }
 QSTASH_SERVER = {
+    "TOKEN": QSTASH_TOKEN,
+    "CURRENT_SIGNING_KEY": QSTASH_CURRENT_SIGNING_KEY,
+    "NEXT_SIGNING_KEY": QSTASH_NEXT_SIGNING_KEY,
     "TRANSPORT": "tests.wire.wire",
     "ALLOW_LOOPBACK": True,
     "ALLOW_PRIVATE_DESTINATIONS": True,
