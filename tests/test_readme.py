@@ -1,0 +1,105 @@
+"""What the README says is so."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+from django.db.models.signals import post_save
+
+from django_qstash_llm import providers, triggers
+from django_qstash_llm.conf import OUR_NAMES, UPSTASH_NAMES, AppSettings
+from django_qstash_llm.models import LLMRequest
+from testproject.articles.models import Article
+
+from .wire import FakeQStash
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def example(words: str) -> str:
+    return next(code for code in EXAMPLES if words in code)
+
+
+def rows_of_table(heading: str) -> dict[str, list[str]]:
+    table = README.split(heading, 1)[1].split("\n\n", 2)[1]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]
+    ]
+    return {row[0].strip("`"): row for row in rows}
+
+
+def test_every_setting_is_there_with_its_default() -> None:
+    documented = rows_of_table("Ours are keys of the dictionary")
+    defaults = {
+        f.name.upper(): f.default_factory() if callable(f.default_factory) else f.default
+        for f in dataclasses.fields(AppSettings)
+        if f.name.upper() in OUR_NAMES
+    }
+    assert documented.keys() == defaults.keys()
+    for name, row in documented.items():
+        shown = row[2].strip("`")
+        assert (ast.literal_eval(shown) if shown else "") == defaults[name], name
+
+
+def test_every_name_of_upstash_is_there() -> None:
+    assert rows_of_table("Upstash's names stand at top level").keys() == UPSTASH_NAMES.keys()
+
+
+def test_every_option_of_a_provider_is_there() -> None:
+    assert set(rows_of_table("### Providers\n").keys()) <= set(providers.OPTIONS)
+    for option in providers.OPTIONS:
+        assert f"| `{option}` |" in README
+
+
+def test_the_providers_of_the_example_can_be_built() -> None:
+    namespace: dict[str, dict[str, dict[str, str]]] = {}
+    exec(example("PROVIDERS = {").replace("…", "key"), namespace)  # noqa: S102
+    built = {
+        name: providers.build_provider(name, options)
+        for name, options in namespace["PROVIDERS"].items()
+    }
+    assert {name: provider.destination for name, provider in built.items()} == {
+        "openai": "https://api.openai.com/v1/chat/completions",
+        "anthropic": "https://api.anthropic.com/v1/messages",
+        "groq": "https://api.groq.com/openai/v1/chat/completions",
+        "ollama": "http://gpu.internal:11434/v1/chat/completions",
+    }
+
+
+@pytest.mark.django_db(transaction=True)
+def test_the_examples_of_asking_run_as_they_stand(qstash: FakeQStash) -> None:
+    article = Article.objects.create(title="A", body="B", summary="already there")
+    namespace: dict[str, object] = {"article": article}
+    exec(example("Name three moons"), namespace)  # noqa: S102
+    exec(example("llm_request.refresh_from_db()"), namespace)  # noqa: S102
+    exec(example("squared?"), namespace)  # noqa: S102
+    states = LLMRequest.objects.order_by("id").values_list("via", "state")
+    assert list(states) == [
+        ("publish", "submitted"),
+        *[("batch", "submitted")] * 3,
+        ("enqueue", "submitted"),
+        ("publish", "submitted"),
+    ]
+    assert LLMRequest.objects.earliest("id").parameters == {"temperature": 0.2}
+
+
+@pytest.mark.django_db(transaction=True)
+def test_the_trigger_of_the_example_asks(qstash: FakeQStash) -> None:
+    # As a module of the app would be: the relative import is part of the example.
+    namespace = {"__package__": "testproject.articles", "__name__": "testproject.articles.readme"}
+    name = "testproject.articles.readme.Summarise"
+    try:
+        exec(example("class Summarise(Trigger)"), namespace)  # noqa: S102
+        Article.objects.create(title="A", body="Some text.")
+    finally:
+        post_save.disconnect(sender=Article, dispatch_uid=name)
+        triggers._registry.pop(name, None)
+    asked = LLMRequest.objects.get(trigger=name)
+    assert asked.messages == [
+        {"role": "user", "content": "Summarise in two sentences:\n\nSome text."}
+    ]
