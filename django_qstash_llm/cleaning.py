@@ -34,7 +34,10 @@ def clean_json(value: Any, depth: int = 0) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, int):
-        return value if abs(value) < WIDEST_INTEGER else str(value)[:64]
+        if abs(value) < WIDEST_INTEGER:
+            return value
+        # Python refuses to write out thousands of digits.
+        return str(value)[:64] if value.bit_length() < 4096 else "…"
     if depth >= DEEPEST:
         return "…"
     if isinstance(value, dict):

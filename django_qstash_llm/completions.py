@@ -72,7 +72,7 @@ def read_completion(body: bytes) -> Completion:
     if answer.get("type") == "message" and isinstance(answer.get("content"), list):
         return _read_anthropic(answer)
     choices = answer.get("choices")
-    if not choices and "error" in answer:
+    if not choices and answer.get("error") is not None:
         # OpenRouter and others say it with status 200.
         code, message = read_error(body)
         raise UnreadableCompletion(
@@ -85,28 +85,24 @@ def read_completion(body: bytes) -> Completion:
 
 def _load(body: bytes) -> Any:
     body = decompress(body)
-    if not body.strip():
+    text = body.decode("utf-8-sig", "replace").strip()
+    if not text:
         raise UnreadableCompletion("empty", "the answer is empty")
     try:
-        return json.loads(body.decode("utf-8", "replace"))
+        return json.loads(text)
     except RecursionError as error:
         raise UnreadableCompletion("not_json", "the answer is nested too deeply") from error
     except ValueError as error:
-        text = body[:200].lstrip()
-        if (
-            text[:1] in b"{["
-            and getattr(error, "pos", 0) >= len(body.decode("utf-8", "replace").rstrip()) - 1
-        ):
+        # Cut inside a word or an escape, the parser stumbles a few characters before the end.
+        left = len(text) - getattr(error, "pos", 0)
+        if text[0] in "{[" and (left <= 6 or "Unterminated" in str(error)):
             raise UnreadableCompletion("truncated", "the answer ends in the middle") from error
-        if text.startswith(b"{") and "Unterminated" in str(error):
-            raise UnreadableCompletion("truncated", "the answer ends in the middle") from error
-        if text.startswith((b"data:", b"event:")):
+        if text.startswith(("data:", "event:")):
             raise UnreadableCompletion(
                 "stream", "the answer is a stream of events, not one JSON"
             ) from error
-        shown = clean_text(text[:80].decode("utf-8", "replace"))
         raise UnreadableCompletion(
-            "not_json", f"the answer is not JSON; it begins {shown!r}"
+            "not_json", f"the answer is not JSON; it begins {clean_text(text[:80])!r}"
         ) from error
 
 
@@ -194,7 +190,7 @@ def read_usage(usage: Any) -> Usage:
     input_tokens = _count(usage.get("prompt_tokens"))
     output_tokens = _count(usage.get("completion_tokens"))
     total = _count(usage.get("total_tokens"))
-    if total is not None and input_tokens is not None:
+    if total is not None and input_tokens is not None and total >= input_tokens:
         # xAI, and Gemini on some paths, leave the reasoning out of completion_tokens.
         output_tokens = max(output_tokens or 0, total - input_tokens)
     cached = (
@@ -220,7 +216,9 @@ def _anthropic_usage(usage: dict[str, Any], raw: dict[str, Any]) -> Usage:
     uncached = _count(usage.get("input_tokens"))
     # OpenAI's Responses API uses the same two names and counts the cache inside.
     details = _dict(usage, "input_tokens_details")
-    input_tokens = uncached if uncached is None else uncached + (cached or 0) + (cache_write or 0)
+    input_tokens = uncached
+    if uncached is not None:
+        input_tokens = _count(uncached + (cached or 0) + (cache_write or 0))
     return Usage(
         input_tokens=input_tokens,
         output_tokens=_count(usage.get("output_tokens")),

@@ -81,6 +81,20 @@ class AppSettings:
         """Current, then next. An absent one keeps its place and is believed by nobody."""
         return [self.qstash_current_signing_key, self.qstash_next_signing_key]
 
+    @property
+    def secrets(self) -> list[str]:
+        """Every key of ours, the longest first. What is too short to be one is left out."""
+        keys = [self.qstash_token, *self.signing_keys]
+        for provider in self.providers.values():
+            keys += [str(provider.get(name) or "") for name in ("API_KEY", "HELICONE_API_KEY")]
+        return sorted((key.strip() for key in keys if len(key.strip()) >= 8), key=len, reverse=True)
+
+    def without_secrets(self, text: str) -> str:
+        """``text`` of others with our keys blacked out: some repeat the key they refuse."""
+        for secret in self.secrets:
+            text = text.replace(secret, "[redacted]")
+        return text
+
     def callback_url(self, uuid: object) -> str:
         """Where QStash tells about the request ``uuid``. Raises ``ConfigurationError``."""
         problem = callback_base_url_problem(self.callback_base_url)
@@ -129,8 +143,8 @@ def app_settings() -> AppSettings:
     unknown = unknown_keys(ours)
     if unknown:
         raise ConfigurationError(unknown[0])
-    given = {OUR_NAMES[key]: value for key, value in ours.items()}
-    upstash = {
+    given: dict[str, Any] = {OUR_NAMES[key]: value for key, value in ours.items()}
+    upstash: dict[str, Any] = {
         name: value.strip()
         for key, name in UPSTASH_NAMES.items()
         if isinstance(value := getattr(settings, key, None), str) and value.strip()

@@ -6,15 +6,22 @@ genai-prices where the ``costs`` extra is installed.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
+from typing import Any
 
 from .completions import Usage
 from .conf import app_settings
+from .exceptions import ConfigurationError
 from .providers import HOSTED_MODELS
 
+logger = logging.getLogger(__name__)
+
 MILLION = Decimal(1_000_000)
+_ABSURD = Decimal(10_000_000)
 HOSTED_PRICE = Decimal("0.3")
 """USD per million tokens of Upstash's hosted models, input and output alike."""
 
@@ -57,6 +64,14 @@ def cost_of(
     ``model`` is the one asked for and ``answered_by`` the one that answered, which prices better:
     it carries the version.
     """
+    cost = _known_cost(provider, model, usage, at, answered_by)
+    # No column holds it, and nobody has paid it.
+    return cost if cost and cost.amount < _ABSURD else None
+
+
+def _known_cost(
+    provider: str, model: str, usage: Usage, at: datetime, answered_by: str
+) -> Cost | None:
     if usage.reported_cost is not None:
         return Cost(usage.reported_cost, "reported")
     names = [name for name in (answered_by, model) if name]
@@ -77,10 +92,27 @@ def _cost(price: Price, usage: Usage, source: str) -> Cost | None:
 
 
 def _price_in_settings(provider: str, model: str) -> Price | None:
-    given = app_settings().prices.get(f"{provider}/{model}")
+    name = f"{provider}/{model}"
+    given = app_settings().prices.get(name)
     if given is None:
         return None
-    return Price(**{name: Decimal(str(amount)) for name, amount in given.items()})
+    try:
+        return read_price(name, given)
+    except ConfigurationError as error:
+        # The answer has come and is paid for. It is kept, unpriced.
+        logger.error("%s", error)
+        return None
+
+
+def read_price(name: str, given: Mapping[str, Any]) -> Price:
+    """An entry of ``QSTASH_LLM["PRICES"]``. Raises ``ConfigurationError``."""
+    try:
+        return Price(**{kind: Decimal(str(amount)) for kind, amount in given.items()})
+    except (TypeError, AttributeError, InvalidOperation) as error:
+        raise ConfigurationError(
+            f"QSTASH_LLM['PRICES'][{name!r}] is {given!r}: give 'input' and 'output', and if they "
+            "differ 'cached' and 'cache_write', in USD per million tokens."
+        ) from error
 
 
 def _genai_prices_cost(provider: str, model: str, usage: Usage, at: datetime) -> Cost | None:

@@ -102,6 +102,10 @@ def get_provider(name: str) -> Provider:
 def build_provider(name: str, options: Mapping[str, Any]) -> Provider:
     """A provider from its entry in the settings. Raises ``ConfigurationError``."""
     setting = f"QSTASH_LLM['PROVIDERS'][{name!r}]"
+    if not isinstance(options, Mapping):
+        raise ConfigurationError(f"{setting} is not a dictionary.")
+    if not 1 <= len(name) <= 64:
+        raise ConfigurationError(f"{setting}: a provider's name has 1 to 64 characters.")
     unknown = sorted(set(options) - set(OPTIONS))
     if unknown:
         raise ConfigurationError(

@@ -1,6 +1,7 @@
 """Celery: a few lines over a verb each. No task carries work, only the news that there is some.
 
-All of them may run twice, at any time, in any number. For a beat schedule there is ``sweep``.
+All of them may run twice, at any time, in any number; a worker that is killed gives its bell back.
+For a beat schedule there is ``sweep``.
 """
 
 from __future__ import annotations
@@ -16,11 +17,10 @@ from .models.outbox import Outbox
 
 logger = logging.getLogger(__name__)
 
-# A worker that is killed gives the bell back; the rows know what was done.
-_SURVIVES = {"ignore_result": True, "acks_late": True, "reject_on_worker_lost": True}
 
-
-@shared_task(name="django_qstash_llm.submit", **_SURVIVES)
+@shared_task(
+    name="django_qstash_llm.submit", ignore_result=True, acks_late=True, reject_on_worker_lost=True
+)
 def submit(using: str = "default") -> None:
     """Submit what is pending."""
     outbox = Outbox(using)
@@ -28,14 +28,21 @@ def submit(using: str = "default") -> None:
         ring(Bell.SUBMIT, using)
 
 
-@shared_task(name="django_qstash_llm.announce", **_SURVIVES)
+@shared_task(
+    name="django_qstash_llm.announce",
+    ignore_result=True,
+    acks_late=True,
+    reject_on_worker_lost=True,
+)
 def announce(using: str = "default") -> None:
     """Tell triggers and signals what is finished."""
     if triggers.announce(using) and triggers.unannounced(using).exists():
         ring(Bell.ANNOUNCE, using)
 
 
-@shared_task(name="django_qstash_llm.sweep", **_SURVIVES)
+@shared_task(
+    name="django_qstash_llm.sweep", ignore_result=True, acks_late=True, reject_on_worker_lost=True
+)
 def sweep(using: str = "default") -> None:
     """Ring again for whatever still waits: after a lost bell, a dead worker, ``bulk_create``."""
     if Outbox(using).due().exists():
@@ -48,6 +55,6 @@ def ring(bell: Bell, using: str) -> None:
     """Wake a worker. A broker that is down costs time, not work: the sweep rings again."""
     task = {Bell.SUBMIT: submit, Bell.ANNOUNCE: announce}[bell]
     try:
-        task.apply_async(args=[using], retry=False)
+        task.apply_async(args=(using,), retry=False)
     except (OperationalError, OSError) as error:
         logger.warning("No broker to ring %r; the next sweep will: %s", bell.value, error)

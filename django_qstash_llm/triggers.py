@@ -27,7 +27,7 @@ from django.db.models import F, Q
 from django.db.models.signals import post_save
 from django.utils import timezone
 
-from .cleaning import clean_text
+from .cleaning import clean_json, clean_text
 from .conf import app_settings
 from .exceptions import ConfigurationError
 from .models.request import ANNOUNCED, LLMRequest, LLMRequestQuerySet, State
@@ -87,7 +87,8 @@ class Trigger:
 
     def ask(self, instance: Any, *, using: str) -> LLMRequest:
         """Write the request. The same question that is being answered already is not asked twice."""
-        messages = list(self.messages(instance))
+        # As they will be stored, or the same question would not be known again.
+        messages = clean_json(list(self.messages(instance)))
         asked = {"model": self.model, "provider": self.provider, **self.options(instance)}
         rows = LLMRequest.objects.using(router.db_for_write(LLMRequest, instance=instance) or using)
         earlier = rows.filter(trigger=self.name).about(instance).unfinished()
@@ -190,7 +191,7 @@ def _announce_one(using: str, pk: int) -> None:
 def _tell(llm_request: LLMRequest, using: str) -> None:
     is_completed = llm_request.state == State.COMPLETED
     trigger = _registry.get(llm_request.trigger)
-    instance = trigger and _locked_instance(trigger, llm_request, using)
+    instance = _locked_instance(trigger, llm_request, using) if trigger else None
     if trigger and instance is not None:
         with _write_back(trigger.name, instance.pk):
             (trigger.completed if is_completed else trigger.failed)(instance, llm_request)

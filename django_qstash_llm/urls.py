@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from django.urls import path
 
-from .views import CallbackView
+from .views import callback
 
 app_name = "django_qstash_llm"
 urlpatterns = [
-    path("callback/<uuid:uuid>/", CallbackView.as_view(), name="callback"),
+    path("callback/<uuid:uuid>/", callback, name="callback"),
     # Without the slash too: a redirect would count as a failed delivery.
-    path("callback/<uuid:uuid>", CallbackView.as_view()),
+    path("callback/<uuid:uuid>", callback),
 ]

@@ -17,7 +17,7 @@ from django.utils.translation import gettext_lazy as _
 from ..conf import app_settings
 from ..exceptions import InvalidRequest
 from .doorbell import Bell, ring_on_commit
-from .request import LLMRequest, State, Via
+from .request import LLMRequest, State, Via, check_saved, refuse_via
 
 
 class BatchQuerySet(models.QuerySet["Batch"]):
@@ -33,6 +33,7 @@ class BatchQuerySet(models.QuerySet["Batch"]):
         app_settings().check_ready()
         if not isinstance(items, list | tuple) or not items:
             raise InvalidRequest("items", "give a list of at least one dictionary")
+        check_saved("user", user, self.model)
         llm_requests = [_compose(index, item, shared) for index, item in enumerate(items)]
         with transaction.atomic(using=self.db):
             batch = self.create(name=name, user=user)
@@ -58,6 +59,7 @@ def _compose(index: int, item: Any, shared: Mapping[str, Any]) -> LLMRequest:
     if "messages" not in asked:
         raise InvalidRequest(f"items[{index}].messages", "missing")
     try:
+        refuse_via(asked)
         llm_request = LLMRequest.compose(**asked, via=Via.BATCH)
         llm_request.prepare()
     except InvalidRequest as error:

@@ -6,6 +6,7 @@ Receipt first, interpretation after: the row is evidence and survives the failur
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
@@ -17,7 +18,7 @@ from django.utils import timezone
 from django.utils.translation import gettext_lazy as _
 
 from ..cleaning import clean_json, clean_text
-from ..completions import read_completion, read_error
+from ..completions import decompress, read_completion, read_error
 from ..conf import app_settings
 from ..exceptions import UnreadableCompletion
 from ..pricing import cost_of
@@ -27,6 +28,9 @@ from .request import LLMRequest
 
 # What a response header may carry that is nobody's business.
 _DROPPED_HEADERS = {"set-cookie", "authorization", "proxy-authorization", "x-api-key", "cookie"}
+
+# One less than the column takes: attempts are one more than retries.
+_MOST_RETRIED = 2**31 - 2
 
 
 class Kind(models.TextChoices):
@@ -57,15 +61,14 @@ class CallbackResponseQuerySet(models.QuerySet["CallbackResponse"]):
 
         The same one again only counts ``seen_count``. Everything happens in one transaction.
         """
-        # Some providers repeat the key they refuse.
-        callback = replace(callback, body=_without_secrets(callback.body))
+        callback = replace(callback, body=_plain(callback.body))
         with transaction.atomic(using=self.db):
             # Locking the request puts the callbacks of one request in a row.
             requests = LLMRequest.objects.using(self.db).select_for_update(of=("self",))
             llm_request = requests.filter(uuid=uuid).first()
             receipt, is_new = self.get_or_create(
                 source_message_id=clean_text(callback.source_message_id, limit=255),
-                retried=min(callback.retried, 2**31 - 1),
+                retried=min(callback.retried, _MOST_RETRIED),
                 kind=Kind.FAILURE_CALLBACK if callback.is_failure_callback else Kind.CALLBACK,
                 defaults={
                     "uuid": uuid,
@@ -94,7 +97,7 @@ class CallbackResponseQuerySet(models.QuerySet["CallbackResponse"]):
                     "uuid": uuid,
                     "llm_request": LLMRequest.objects.using(self.db).filter(uuid=uuid).first(),
                     "received_at": now,
-                    "body": _without_secrets(envelope)[: app_settings().max_stored_body_bytes],
+                    "body": _plain(envelope)[: app_settings().max_stored_body_bytes],
                     "problem": clean_text(problem, limit=2000),
                 },
             )
@@ -196,15 +199,16 @@ class CallbackResponse(models.Model):
 
 def _kept_fields(callback: Callback) -> dict[str, Any]:
     """What is kept of a callback. ``source_header`` carries the provider's key and is not."""
-    limit = app_settings().max_stored_body_bytes
+    conf = app_settings()
+    limit = conf.max_stored_body_bytes
     header = {
-        name: values
+        conf.without_secrets(name): [conf.without_secrets(value) for value in values]
         for name, values in callback.header.items()
         if name.lower() not in _DROPPED_HEADERS
     }
     return {
         "status": callback.status,
-        "max_retries": min(callback.max_retries, 2**31 - 1),
+        "max_retries": min(callback.max_retries, _MOST_RETRIED),
         "header": clean_json(header),
         "body": callback.body[:limit],
         "is_body_cut": len(callback.body) > limit,
@@ -213,13 +217,9 @@ def _kept_fields(callback: Callback) -> dict[str, Any]:
     }
 
 
-def _without_secrets(content: bytes) -> bytes:
-    """``content`` with our keys blacked out."""
-    conf = app_settings()
-    secrets = [conf.qstash_token, *conf.signing_keys]
-    for provider in conf.providers.values():
-        secrets += [str(provider.get("API_KEY") or ""), str(provider.get("HELICONE_API_KEY") or "")]
-    for secret in secrets:
-        if len(secret) >= 8:
-            content = content.replace(secret.encode(), b"[redacted]")
-    return content
+def _plain(content: bytes) -> bytes:
+    """``content`` unpacked where it is gzip, and without our keys, which some send back."""
+    with suppress(UnreadableCompletion):
+        content = decompress(content)
+    # Latin-1 is the one encoding in which every byte is a character, and our keys are ASCII.
+    return app_settings().without_secrets(content.decode("latin-1")).encode("latin-1")

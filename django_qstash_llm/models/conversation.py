@@ -39,8 +39,10 @@ class Conversation(models.Model):
         """The messages so far, in the order they were asked: each question with its answer."""
         messages: list[dict[str, Any]] = []
         completed = self.llm_requests.completed().order_by("id")
-        for asked, completion in completed.values_list("messages", "completion"):
-            messages += [asked[-1], {"role": "assistant", "content": completion}]
+        for asked, *said in completed.values_list("messages", "completion", "refusal"):
+            answer = next(filter(None, said), "")
+            if answer:  # a tool call says nothing, and providers refuse an empty message
+                messages += [asked[-1], {"role": "assistant", "content": answer}]
         return messages
 
     def ask(self, content: str, **asked: Any) -> LLMRequest:

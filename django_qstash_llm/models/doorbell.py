@@ -6,9 +6,7 @@ and loses nothing: the sweep rings again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from enum import StrEnum
-from functools import cache
 
 from django.db import connections, transaction
 
@@ -20,23 +18,33 @@ class Bell(StrEnum):
     """There are finished requests that triggers and signals have not been told of."""
 
 
-def ring_on_commit(bell: Bell, using: str) -> None:
-    """Ring once after the transaction in progress, however many rows it wrote."""
-    ring = _ringer(bell, using)
-    # Django drops what a rolled-back savepoint registered, so looking is the safe way to know.
-    registered = connections[using].run_on_commit
-    if not any(callback is ring for _, callback, *_ in registered):
-        transaction.on_commit(ring, using=using, robust=True)
+class _Ringing:
+    """One ring that waits for its commit."""
 
+    def __init__(self, bell: Bell, using: str) -> None:
+        self.bell = bell
+        self.using = using
+        self.is_over = False
+        # By this Django names a robust callback that fails.
+        self.__qualname__ = f"ring {bell}"
 
-@cache
-def _ringer(bell: Bell, using: str) -> Callable[[], None]:
-    """The same function every time, by which ``ring_on_commit`` knows it again."""
-
-    def ring() -> None:
+    def __call__(self) -> None:
+        self.is_over = True
         # The one stair that goes up: a row asks Celery to see to it.
         from .. import tasks
 
-        tasks.ring(bell, using)
+        tasks.ring(self.bell, self.using)
 
-    return ring
+
+def ring_on_commit(bell: Bell, using: str) -> None:
+    """Ring once after the transaction in progress, however many rows it wrote."""
+    # Django drops what a rolled-back savepoint registered, so looking is the safe way to know.
+    # In a test case what has been run stays in the list.
+    for _, callback, *_ in connections[using].run_on_commit:
+        if (
+            isinstance(callback, _Ringing)
+            and (callback.bell, callback.using) == (bell, using)
+            and not callback.is_over
+        ):
+            return
+    transaction.on_commit(_Ringing(bell, using), using=using, robust=True)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cached_property
+from typing import Any
 
 from django.db import connections, transaction
 from django.db.models import F, Q
@@ -120,12 +121,16 @@ class Outbox:
     def claim(self, count: int) -> list[LLMRequest]:
         """Take ``count`` due rows for ourselves, oldest first."""
         token, now = uuids.uuid4(), self.clock()
-        free = self.due().order_by("id")
-        if connections[self.using].features.has_select_for_update_skip_locked:
-            free = free.select_for_update(skip_locked=True)
         with transaction.atomic(using=self.using):
-            # One statement that finds and takes: nobody can come between.
-            self.due().filter(pk__in=free.values("pk")[:count]).update(
+            free: Any = self.due().order_by("id").values_list("pk", flat=True)
+            if connections[self.using].features.has_select_for_update_skip_locked:
+                # Read first: PostgreSQL may run a subquery that skips what is locked several
+                # times over, and then takes more than ``count``.
+                free = list(free.select_for_update(skip_locked=True)[:count])
+            else:
+                # One statement that finds and takes: nobody can come between.
+                free = free[:count]
+            self.due().filter(pk__in=free).update(
                 claim_token=token,
                 claimed_until=now + timedelta(seconds=CLAIM_SECONDS),
                 submission_tries=F("submission_tries") + 1,
@@ -236,7 +241,8 @@ class Outbox:
         self, llm_requests: Sequence[LLMRequest], error: QStashError, *, was_sent: bool
     ) -> None:
         """Back to pending, to be tried later with the same deduplication id."""
-        logger.warning("%d requests could not be submitted: %s", len(llm_requests), error)
+        problem = app_settings().without_secrets(clean_text(str(error), limit=500))
+        logger.warning("%d requests could not be submitted: %s", len(llm_requests), problem)
         now = self.clock()
         tries = max(row.submission_tries for row in llm_requests)
         pause = min(LONGEST_PAUSE, 2.0 ** min(tries, 10)) * random.uniform(1.0, 1.2)  # noqa: S311
@@ -251,7 +257,7 @@ class Outbox:
             opened = [row.pk for row in llm_requests if row.first_tried_at == row.claimed_at]
             rows.filter(pk__in=opened).update(first_tried_at=None)
         # Its callback may have come, or somebody have cancelled it: then there is no later.
-        rows.pending().update(submit_after=submit_after, error=clean_text(str(error), limit=500))
+        rows.pending().update(submit_after=submit_after, error=problem)
         rows.update(claim_token=None, claimed_until=None)
 
     def claimed(self, llm_requests: Sequence[LLMRequest]) -> LLMRequestQuerySet:

@@ -7,7 +7,7 @@ import math
 import uuid as uuids
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,9 +18,10 @@ from django.contrib.contenttypes.models import ContentType
 from django.db import models
 from django.db.models import Q
 from django.utils import timezone
+from django.utils.functional import Promise
 from django.utils.translation import gettext_lazy as _
 
-from ..cleaning import clean_json, clean_text
+from ..cleaning import DEEPEST, WIDEST_INTEGER, clean_json, clean_text
 from ..completions import Completion
 from ..conf import app_settings, qstash_client
 from ..exceptions import IllegalState, InvalidRequest
@@ -145,6 +146,7 @@ class LLMRequestQuerySet(models.QuerySet["LLMRequest"]):
 
     def _ask(self, via: Via, messages: Any, asked: Mapping[str, Any]) -> LLMRequest:
         app_settings().check_ready()
+        refuse_via(asked)
         llm_request = self.model.compose(via=via, messages=messages, **asked)
         llm_request.save(using=self.db, force_insert=True)
         return llm_request
@@ -344,6 +346,8 @@ class LLMRequest(models.Model):
         """An unsaved request from the arguments of ``publish``. ``save`` checks it."""
         names = {f.name for f in _askable_fields(cls)}
         fields = {name: asked.pop(name) for name in list(asked) if name in names}
+        for name in ("user", "batch", "conversation"):
+            check_saved(name, fields.get(name), cls)
         llm_request = cls(via=via, messages=messages, parameters=asked, **fields)
         if flow_control is not None:
             if not isinstance(flow_control, FlowControl):
@@ -366,15 +370,17 @@ class LLMRequest(models.Model):
         self.model = self.model or conf.default_model
         self.retries = conf.retries if self.retries is None else self.retries
         self.timeout = conf.timeout if self.timeout is None else self.timeout
-        self.messages = clean_json(self.messages)
-        self.parameters = clean_json(self.parameters)
         _check_messages(self.messages)
         _check_parameters(self.parameters)
-        self._check_delivery()
+        self.messages = clean_json(self.messages)
+        self.parameters = clean_json(self.parameters)
         self._check_belongings()
+        self._check_delivery()
+        if not isinstance(self.provider, str):
+            raise InvalidRequest("provider", "give the name of an entry in QSTASH_LLM['PROVIDERS']")
         provider = get_provider(self.provider)
-        if not isinstance(self.model, str) or len(self.model) > 255:
-            raise InvalidRequest("model", f"{self.model!r} is not a model's name")
+        if not isinstance(self.model, str) or clean_text(self.model, limit=255) != self.model:
+            raise InvalidRequest("model", f"{str(self.model)[:80]!r} is not a model's name")
         provider.check_model(self.model)
         self._check_size(conf.max_body_bytes)
 
@@ -395,16 +401,31 @@ class LLMRequest(models.Model):
                 )
             self.timeout = math.ceil(self.timeout)
         if self.not_before is not None:
-            if not isinstance(self.not_before, datetime) or timezone.is_naive(self.not_before):
+            if not isinstance(self.not_before, datetime) or (
+                settings.USE_TZ and timezone.is_naive(self.not_before)
+            ):
                 raise InvalidRequest("not_before", "give an aware datetime")
-            if self.not_before > timezone.now() + timedelta(seconds=LONGEST_DELAY):
+            if _aware(self.not_before) > datetime.now(UTC) + timedelta(seconds=LONGEST_DELAY):
                 raise InvalidRequest(
                     "not_before", "more than a year ahead, further than QStash keeps it"
                 )
+            if not settings.USE_TZ and timezone.is_aware(self.not_before):
+                # Such a site's columns hold the local time.
+                self.not_before = timezone.make_naive(
+                    self.not_before, timezone.get_default_timezone()
+                )
+        if not isinstance(self.retry_delay, str) or len(self.retry_delay) > 255:
+            raise InvalidRequest(
+                "retry_delay", "give an expression in ms, a text of at most 255 characters"
+            )
+        if not isinstance(self.redact, list | tuple):
+            raise InvalidRequest("redact", "give a list of 'body', 'header' or 'header[Name]'")
         try:
             self.options()
             if self.queue:
                 check_name("queue", self.queue)
+                if len(self.queue) > 255:
+                    raise InvalidRequest("queue", "longer than 255 characters")
         except InvalidOption as error:
             raise InvalidRequest(error.field, error.problem) from error
 
@@ -424,6 +445,7 @@ class LLMRequest(models.Model):
                 "labels",
                 f"{reserved[0]!r} begins with {RESERVED_LABEL!r}, which is reserved; choose another",
             )
+        _check_json("metadata", self.metadata)
         self.metadata = clean_json(self.metadata)
         self.tenant = clean_text(self.tenant)
 
@@ -465,7 +487,7 @@ class LLMRequest(models.Model):
         return Options(
             content_type="application/json",
             headers=headers or {},
-            not_before=self.not_before,
+            not_before=self.not_before and _aware(self.not_before),
             retries=self.retries,
             retry_delay=self.retry_delay,
             timeout=self.timeout,
@@ -539,7 +561,7 @@ class LLMRequest(models.Model):
             state=State.FAILED,
             finished_at=now,
             error_code=clean_text(code, limit=64),
-            error=clean_text(error, limit=10_000),
+            error=app_settings().without_secrets(clean_text(error, limit=10_000)),
             **_NOT_ANNOUNCED,
         )
 
@@ -653,6 +675,7 @@ _MISPLACED = {
     "api_key": "keys are held in QSTASH_LLM['PROVIDERS'], never on a request",
     "base_url": "give provider=… and its BASE_URL in QSTASH_LLM['PROVIDERS']",
     "messages": "given twice",
+    "parameters": "give each by itself, as in temperature=0.2",
     "state": "a request's state is not given but changed by its verbs",
 }
 
@@ -668,16 +691,61 @@ def _as_delay(delay: float | timedelta) -> timedelta:
     return timedelta(seconds=seconds)
 
 
+def _aware(moment: datetime) -> datetime:
+    """With USE_TZ off the columns hold the local time."""
+    if timezone.is_aware(moment):
+        return moment
+    return timezone.make_aware(moment, timezone.get_default_timezone())
+
+
+def refuse_via(asked: Mapping[str, Any]) -> None:
+    if "via" in asked:
+        raise InvalidRequest("via", "said by the method: publish, enqueue or Batch.objects.submit")
+
+
+def check_saved(name: str, value: Any, cls: type[models.Model]) -> None:
+    """Refuse what the foreign key ``name`` of ``cls`` cannot hold, such as an AnonymousUser."""
+    related: Any = cls._meta.get_field(name).related_model
+    if value is not None and (not isinstance(value, related) or value.pk is None):
+        raise InvalidRequest(name, f"give a saved {related.__name__}, or None")
+
+
+def _check_json(name: str, value: Any, depth: int = 0) -> None:
+    """Refuse what JSON cannot say: made into text it would be paid for and mean nothing."""
+    if value is None or isinstance(value, str | bool | Promise):
+        return
+    if isinstance(value, int):
+        if abs(value) >= WIDEST_INTEGER:
+            raise InvalidRequest(name, "a number of more than 64 bits; give it as text")
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise InvalidRequest(name, f"{value!r} is not a number of JSON")
+    elif not isinstance(value, dict | list | tuple):
+        kind = type(value).__name__
+        raise InvalidRequest(name, f"{kind} is not JSON; give texts, numbers, lists, dictionaries")
+    elif depth >= DEEPEST:
+        raise InvalidRequest(name, f"nested more than {DEEPEST} levels deep")
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            if not isinstance(key, str):
+                raise InvalidRequest(name, f"the key {key!r} is not a text")
+            _check_json(f"{name}.{key}", each, depth + 1)
+    else:
+        for index, each in enumerate(value):
+            _check_json(f"{name}[{index}]", each, depth + 1)
+
+
 def _flow_control_json(flow_control: FlowControl) -> dict[str, Any]:
     names = ("key", "parallelism", "rate", "period")
     return {name: value for name in names if (value := getattr(flow_control, name)) is not None}
 
 
 def _check_messages(messages: Any) -> None:
-    if not isinstance(messages, list) or not messages:
+    if not isinstance(messages, list | tuple) or not messages:
         raise InvalidRequest("messages", "give a list of at least one {'role': …, 'content': …}")
     if len(messages) > MOST_MESSAGES:
         raise InvalidRequest("messages", f"{len(messages)} messages; {MOST_MESSAGES} at most")
+    _check_json("messages", messages)
     for index, message in enumerate(messages):
         if not isinstance(message, dict):
             raise InvalidRequest(f"messages[{index}]", "not a dictionary with role and content")
@@ -688,7 +756,7 @@ def _check_messages(messages: Any) -> None:
         content = message.get("content")
         if content is None and message["role"] == "assistant" and len(message) > 1:
             continue  # a tool call, a refusal or audio stands in for the content
-        if not isinstance(content, str | list) or not content:
+        if not isinstance(content, str | list | tuple | Promise) or not content:
             raise InvalidRequest(
                 f"messages[{index}].content", "empty; give a text or a list of parts"
             )
@@ -703,6 +771,8 @@ def _check_parameters(parameters: Any) -> None:
             "a durable request cannot stream: QStash delivers whole answers. "
             "Use the Chat API for streamed completions.",
         )
+    for name, value in parameters.items():
+        _check_json(name, value, depth=1)
     for name, remedy in _MISPLACED.items():
         if name in parameters:
             raise InvalidRequest(name, f"not a parameter of a completion: {remedy}")
