@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from django.apps import AppConfig
+from django.conf import settings
+from django.core.checks import CheckMessage, Error
+
+from ..qstash.signing import SHORTEST_KEY, is_usable_key
+from . import conf
+from .exceptions import ConfigurationError
+
+
+def check_settings(
+    app_configs: Sequence[AppConfig] | None = None, **kwargs: Any
+) -> list[CheckMessage]:
+    try:
+        given = conf.given()
+    except ConfigurationError as error:
+        return [Error(str(error), id="qstash_server.E003")]
+    wrong: list[CheckMessage] = [*_unknown(given), *_mistyped(given), *_half(given)]
+    return wrong or _identity()
+
+
+def _identity() -> list[CheckMessage]:
+    current = conf.current()
+    if settings.DEBUG:
+        return []
+    if not current.token:
+        return [
+            Error(
+                "The QStash server has no token, so it answers every call with 401.",
+                hint="Set QSTASH_SERVER['TOKEN'] to a long random text; the same goes into the "
+                "QSTASH_TOKEN of whoever publishes.",
+                id="qstash_server.E001",
+            )
+        ]
+    public = {conf.DEVELOPMENT_TOKEN, conf.DEVELOPMENT_KEYS.current, conf.DEVELOPMENT_KEYS.next}
+    if public & {current.token, current.current_signing_key, current.next_signing_key}:
+        return [
+            Error(
+                "The QStash server answers to the public development token or signs with its "
+                "keys: everybody knows them.",
+                hint="Set TOKEN, CURRENT_SIGNING_KEY and NEXT_SIGNING_KEY in QSTASH_SERVER to "
+                "your own; without the two keys the server makes its own and keeps them.",
+                id="qstash_server.E002",
+            )
+        ]
+    return []
+
+
+def _unknown(given: dict[str, Any]) -> list[Error]:
+    def meant(name: str) -> str:
+        close = get_close_matches(name.upper(), conf.KNOWN, n=1)
+        return f"Did you mean {close[0]}?" if close else f"There are {', '.join(conf.KNOWN)}."
+
+    return [
+        Error(f"QSTASH_SERVER has no {name!r}.", hint=meant(str(name)), id="qstash_server.E004")
+        for name in given
+        if name not in conf.KNOWN
+    ]
+
+
+def _half(given: dict[str, Any]) -> list[Error]:
+    """One signing key is none: the server would make two of its own."""
+    keys = [given.get("CURRENT_SIGNING_KEY"), given.get("NEXT_SIGNING_KEY")]
+    if not any(keys) or all(map(is_usable_key, keys)):
+        return []
+    return [
+        Error(
+            "QSTASH_SERVER needs CURRENT_SIGNING_KEY and NEXT_SIGNING_KEY, both of "
+            f"{SHORTEST_KEY} characters or more, or neither.",
+            id="qstash_server.E003",
+        )
+    ]
+
+
+def _mistyped(given: dict[str, Any]) -> list[Error]:
+    return [
+        Error(
+            f"QSTASH_SERVER[{name!r}] cannot be a {type(value).__name__}.",
+            id="qstash_server.E003",
+        )
+        for name, value in given.items()
+        if name in conf.KNOWN and not isinstance(value, conf.expected_type(name))
+    ] + [
+        Error(f"QSTASH_SERVER[{name!r}] is at least {least}.", id="qstash_server.E003")
+        for name, least in (("CONCURRENCY", 1), ("LEASE", 1), ("MESSAGE_RETENTION", 60))
+        if isinstance(given.get(name), int | float) and given[name] < least
+    ]

@@ -1,0 +1,148 @@
+"""``QSTASH_SERVER = {...}``: read here and nowhere else, when first asked for.
+
+``current()`` answers what is in force. The keys of the setting are the field names of
+``ServerSettings`` in capitals.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
+from typing import Any
+
+from django.conf import settings
+from django.core.signals import setting_changed
+from django.utils.module_loading import import_string
+
+from ..qstash import Keys
+from .exceptions import ConfigurationError
+
+NAME = "QSTASH_SERVER"
+MINUTE, HOUR, DAY = 60, 3600, 86_400
+MEGABYTE = 1024 * 1024
+
+# Known to the whole world: what every QStash development server answers to.
+DEVELOPMENT_TOKEN = "eyJVc2VySUQiOiJkZWZhdWx0VXNlciIsIlBhc3N3b3JkIjoiZGVmYXVsdFBhc3N3b3JkIn0="  # noqa: S105
+DEVELOPMENT_KEYS = Keys("sig_7kYjw48mhY7kAjqNGcy6cr29RJ6r", "sig_5ZB6DVzB1wjE8S6rZ7eenA8Pdnhs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    token: str = field(default="", repr=False)
+    """What callers must present. Under ``DEBUG`` the well-known development token."""
+    current_signing_key: str = field(default="", repr=False)
+    """Left out, keys are made once and kept in the database (``GET /v2/keys`` tells them)."""
+    next_signing_key: str = field(default="", repr=False)
+    region: str = "EU-CENTRAL-1"
+    """What ``Upstash-Region`` says."""
+
+    max_retries: int | None = None
+    """More are answered 412. None is no limit."""
+    max_body: int = 10 * MEGABYTE
+    """Bytes of a message (413 above it), and where a destination's response is cut."""
+    max_batch_body: int = 100 * MEGABYTE
+    max_batch_messages: int = 10_000
+    max_delay: int = 365 * DAY
+    """Seconds into the future; beyond is answered 412."""
+    max_timeout: int = 2 * HOUR
+    """Seconds per attempt. A message's own timeout can only shorten it."""
+
+    allow_loopback: bool = False
+    """Whether 127.0.0.1 may be a destination. Under ``DEBUG`` it may."""
+    allow_private_destinations: bool = False
+    """Whether 10.0.0.0/8 and its like may. Link-local addresses (cloud metadata) never may."""
+    source_header_secrets: bool = False
+    """Whether callbacks tell the original's ``Authorization`` and its like in ``sourceHeader``,
+    as QStash does. Left off, those values say ``REDACTED``."""
+    hosted_models_url: str = ""
+    """The OpenAI-compatible base URL that answers the destination ``api/llm``."""
+    hosted_models_key: str = field(default="", repr=False)
+
+    engine: str = "celery"
+    """Who is rung when something is to be delivered and no engine runs in this process:
+    ``celery`` sends the task ``qstash_server.deliver``; ``thread`` rings nobody, for sites where
+    an engine of its own (``manage.py qstash_server``) polls."""
+    concurrency: int = 64
+    """Deliveries in flight per engine."""
+    lease: float = 30.0
+    """Seconds after which a message whose engine gave no sign of life is delivered again."""
+    poll: float = 0.5
+    """Seconds between an engine's looks at the database when nobody rings."""
+    transport: Any = None
+    """An httpx transport, or the dotted path of one or of a callable that makes one."""
+
+    message_retention: int = DAY
+    """Seconds a finished message stays readable; at least 60."""
+    dead_letter_retention: int = 14 * DAY
+    log_retention: int = 14 * DAY
+
+    @property
+    def keys(self) -> Keys | None:
+        if self.current_signing_key and self.next_signing_key:
+            return Keys(self.current_signing_key, self.next_signing_key)
+        return None
+
+    def make_transport(self) -> Any:
+        transport = self.transport
+        if isinstance(transport, str):
+            transport = import_string(transport)
+        return transport() if isinstance(transport, type) else transport
+
+
+KNOWN = {field.name.upper(): field for field in fields(ServerSettings)}
+_overrides: dict[str, Any] = {}
+
+
+def given() -> dict[str, Any]:
+    """The setting as the site wrote it."""
+    value = getattr(settings, NAME, {})
+    if not isinstance(value, dict):
+        raise ConfigurationError(f"{NAME} is a dictionary, not {type(value).__name__}")
+    return value
+
+
+@cache
+def current() -> ServerSettings:
+    values = {name.lower(): value for name, value in given().items() if name in KNOWN}
+    if settings.DEBUG:
+        values = _development_defaults(values) | values
+    return ServerSettings(**(values | _overrides))
+
+
+def development_identity() -> dict[str, Any]:
+    return {
+        "token": DEVELOPMENT_TOKEN,
+        "current_signing_key": DEVELOPMENT_KEYS.current,
+        "next_signing_key": DEVELOPMENT_KEYS.next,
+    }
+
+
+def _development_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    # An identity is whole or not at all: never the public keys beside a secret token.
+    identity = {} if "token" in values else development_identity()
+    return identity | {"allow_loopback": True}
+
+
+def override(**values: Any) -> None:
+    """What a command line says, over the settings, for as long as this process lives."""
+    _overrides.update(values)
+    current.cache_clear()
+
+
+def forget_when_settings_change() -> None:
+    setting_changed.connect(_forget, dispatch_uid="qstash_server.conf")
+
+
+def _forget(*, setting: str, **kwargs: Any) -> None:
+    if setting in {NAME, "DEBUG"}:
+        current.cache_clear()
+
+
+def expected_type(name: str) -> type | tuple[type, ...]:
+    """What a value of the setting ``name`` must be, going by its default."""
+    default = KNOWN[name].default
+    if default is MISSING or name == "TRANSPORT":
+        return object
+    if default is None:
+        return (int, type(None))
+    return (int, float) if isinstance(default, float) else type(default)

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from django.db import models, transaction
+from django.db.models import Count, Exists, OuterRef, Subquery
+from django.db.models.functions import Coalesce
+
+from ...qstash import Queue as QueueRecord
+from .. import doorbell
+
+if TYPE_CHECKING:
+    from .message import MessageQuerySet
+
+
+def milliseconds(moment: datetime) -> int:
+    return round(moment.timestamp() * 1000)
+
+
+class QueueQuerySet(models.QuerySet["Queue"]):
+    def standing(self) -> QueueQuerySet:
+        return self.filter(deleted_at__isnull=True)
+
+    def named(self, names: Iterable[str], *, now: datetime) -> dict[str, Queue]:
+        """These queues, made where they do not stand. One that does is not touched."""
+        wanted = sorted(set(names))
+        if not wanted:
+            return {}
+        fresh = [Queue(name=name, created_at=now, updated_at=now) for name in wanted]
+        self.bulk_create(fresh, ignore_conflicts=True)
+        self.filter(name__in=wanted, deleted_at__isnull=False).update(
+            deleted_at=None, parallelism=1, is_paused=False, created_at=now, updated_at=now
+        )
+        return {queue.name: queue for queue in self.filter(name__in=wanted)}
+
+    def with_lag(self) -> QueueQuerySet:
+        """Each with ``lag``: how many of its messages are not finished."""
+        from .message import Message
+
+        unfinished = Message.objects.unfinished().filter(queue=OuterRef("pk"))
+        counted = unfinished.values("queue").annotate(count=Count("pk")).values("count")
+        return self.annotate(lag=Coalesce(Subquery(counted), 0))  # type: ignore[no-redef]
+
+    def with_room(self) -> QueueQuerySet:
+        """Queues in which somebody waits and a place is free, at a glance: nothing is locked."""
+        from .message import Message
+
+        mine = Message.objects.filter(queue=OuterRef("pk"))
+        started = mine.started().values("queue").annotate(count=Count("pk")).values("count")
+        told = (
+            Message.objects.waiting_for_their_callbacks()
+            .filter(queue=OuterRef("pk"))
+            .values("queue")
+            .annotate(count=Count("pk"))
+            .values("count")
+        )
+        return self.filter(Exists(mine.in_line()), is_paused=False).filter(
+            parallelism__gt=Coalesce(Subquery(started), 0) + Coalesce(Subquery(told), 0)
+        )
+
+
+class Queue(models.Model):
+    """Messages that go one after the other: the next starts when the one before, its retries
+    and its callbacks are done with."""
+
+    name = models.CharField(max_length=256, unique=True)
+    parallelism = models.PositiveIntegerField(default=1)
+    is_paused = models.BooleanField(default=False)
+    created_at = models.DateTimeField()
+    updated_at = models.DateTimeField()
+    deleted_at = models.DateTimeField(null=True, editable=False)
+    """Kept, so that a message enqueued at that very moment still has its queue."""
+
+    objects = QueueQuerySet.as_manager()
+
+    class Meta:
+        ordering = ["name"]
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def mine(self) -> MessageQuerySet:
+        from .message import Message
+
+        return Message.objects.filter(queue=self)
+
+    def room(self) -> int:
+        """How many more may start. Ask with the queue's row locked."""
+        if self.is_paused:
+            return 0
+        busy = self.mine.started().count() + self.mine.waiting_for_their_callbacks().count()
+        return max(0, self.parallelism - busy)
+
+    def set_up(self, *, parallelism: int, is_paused: bool, now: datetime) -> None:
+        self._change(now=now, parallelism=parallelism, is_paused=is_paused)
+
+    def pause(self, *, now: datetime) -> None:
+        """Deliver nothing, go on accepting. What is in flight may finish."""
+        self._change(now=now, is_paused=True)
+
+    def resume(self, *, now: datetime) -> None:
+        self._change(now=now, is_paused=False)
+
+    def _change(self, *, now: datetime, **values: int | bool) -> None:
+        Queue.objects.filter(pk=self.pk).update(**values, updated_at=now)
+        # There may be more room now.
+        transaction.on_commit(doorbell.ring, robust=True)
+
+    def discard(self, *, now: datetime) -> None:
+        """Delete the queue, and with it what waits in it."""
+        with transaction.atomic():
+            self.mine.cancel(now=now)
+            Queue.objects.filter(pk=self.pk).update(deleted_at=now, updated_at=now)
+
+    lag: int
+    """Of a queue that was fetched ``with_lag``."""
+
+    def to_record(self) -> QueueRecord:
+        return QueueRecord(
+            name=self.name,
+            parallelism=self.parallelism,
+            created_at=milliseconds(self.created_at),
+            updated_at=milliseconds(self.updated_at),
+            lag=self.lag,
+            is_paused=self.is_paused,
+        )
