@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 from uuid import UUID
@@ -15,11 +16,23 @@ from django.urls import Resolver404, resolve
 
 from . import conf
 from .exceptions import ConfigurationError
+from .pricing import read_price
 from .providers import build_provider
 from .qstash.signing import is_usable_key
 
 ID = "django_qstash_llm"
 _ANY_UUID = UUID(int=0)
+PUBLIC_KEYS = {
+    "sig_7kYjw48mhY7kAjqNGcy6cr29RJ6r",
+    "sig_5ZB6DVzB1wjE8S6rZ7eenA8Pdnhs",
+    "sig_7GVPjvuwsfqF65iC8fSrs1dfYruM",
+    "sig_5NoELc3EFnZn4DVS5bDs2Nk4b7Ua",
+    "sig_6jWGaWRxHsw4vMSPJprXadyvrybF",
+    "sig_7qHbvhmahe5GwfePDiS5Lg3pi6Qx",
+    "sig_5T8FcSsynBjn9mMLBsXhpacRovJf",
+    "sig_7GFR4YaDshFcqsxWRZpRB161jguD",
+}
+"""What the identities of QStash's development server sign with, as documented by Upstash."""
 
 
 def _serious(message: str, *, hint: str, id: str) -> CheckMessage:
@@ -38,13 +51,52 @@ def check_settings(app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> li
         hint = f"There are: {', '.join(conf.OUR_NAMES)}."
         return [Error(problem, hint=hint, id=f"{ID}.E005") for problem in unknown]
     in_force = conf.app_settings()
+    mistyped = _check_types(in_force)
+    if mistyped:
+        return mistyped  # the others would stumble over them
     return [
         *_check_token(in_force),
         *_check_keys(in_force),
         *_check_callback_url(in_force),
         *_check_providers(in_force),
+        *_check_prices(in_force),
         *_check_hosted(in_force),
     ]
+
+
+_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "str": (str, "a text"),
+    "tuple": ((list, tuple), "a list or tuple"),
+    "Mapping": (Mapping, "a dictionary"),
+}
+
+
+def _check_types(in_force: conf.AppSettings) -> list[CheckMessage]:
+    problems: list[CheckMessage] = []
+    for field in dataclasses.fields(in_force):
+        kind, *nullable = str(field.type).partition("[")[0].split(" | ")
+        value = getattr(in_force, field.name)
+        if kind not in _KINDS or (nullable and value is None):
+            continue
+        types, words = _KINDS[kind]
+        if not isinstance(value, types) or isinstance(value, bool):
+            # Not the value: it may hold a key.
+            problem = f"QSTASH_LLM[{field.name.upper()!r}] is a {type(value).__name__}."
+            problems.append(Error(problem, hint=f"Give {words}.", id=f"{ID}.E007"))
+    return problems
+
+
+def _check_prices(in_force: conf.AppSettings) -> list[CheckMessage]:
+    problems: list[CheckMessage] = []
+    for name, given in in_force.prices.items():
+        try:
+            read_price(name, given)
+        except ConfigurationError as error:
+            hint = "Until then what it should price is stored without a cost."
+            problems.append(Error(str(error), hint=hint, id=f"{ID}.E007"))
+    return problems
 
 
 def _check_token(in_force: conf.AppSettings) -> list[CheckMessage]:
@@ -58,13 +110,21 @@ def _check_token(in_force: conf.AppSettings) -> list[CheckMessage]:
 
 
 def _check_keys(in_force: conf.AppSettings) -> list[CheckMessage]:
-    problems = []
+    problems: list[CheckMessage] = []
     hint = "Copy both signing keys from QStash's console, or from what `manage.py qstash_server` prints."
     names = ("QSTASH_CURRENT_SIGNING_KEY", "QSTASH_NEXT_SIGNING_KEY")
     for name, key in zip(names, in_force.signing_keys, strict=True):
         if key and not is_usable_key(key):
             problems.append(
                 _serious(f"{name} is too short to be a signing key.", hint=hint, id="E002")
+            )
+        if key in PUBLIC_KEYS and not settings.DEBUG:
+            problems.append(
+                Error(
+                    f"{name} is the public key of a development server: anybody can sign with it.",
+                    hint=hint,
+                    id=f"{ID}.E008",
+                )
             )
     if not in_force.qstash_current_signing_key:
         problems.append(_serious(f"{names[0]} is not set.", hint=hint, id="E002"))

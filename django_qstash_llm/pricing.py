@@ -122,8 +122,8 @@ def _genai_prices_cost(provider: str, model: str, usage: Usage, at: datetime) ->
         from genai_prices import calc_price
     except ImportError:
         return None
-    if not usage.is_known:
-        return None
+    if Price(MILLION, MILLION).cost(usage) is None:
+        return None  # unknown, or more from the cache than there was
     try:
         calculation = calc_price(
             GenaiUsage(

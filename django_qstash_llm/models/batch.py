@@ -53,7 +53,7 @@ class BatchQuerySet(models.QuerySet["Batch"]):
 
 
 def _compose(index: int, item: Any, shared: Mapping[str, Any]) -> LLMRequest:
-    if not isinstance(item, Mapping):
+    if not isinstance(item, Mapping) or not all(isinstance(name, str) for name in item):
         raise InvalidRequest(f"items[{index}]", "not a dictionary of publish's arguments")
     asked = {**shared, **item}
     if "messages" not in asked:

@@ -172,7 +172,8 @@ class CallbackResponse(models.Model):
         try:
             completion = read_completion(callback.body)
         except UnreadableCompletion as error:
-            type(self).objects.using(self._state.db).filter(pk=self.pk).update(problem=str(error))
+            problem = "; ".join(filter(None, (self.problem, str(error))))
+            type(self).objects.using(self._state.db).filter(pk=self.pk).update(problem=problem)
             return llm_request.fail(error.code, str(error), now=self.received_at)
         cost = cost_of(
             llm_request.provider,

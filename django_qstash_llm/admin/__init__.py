@@ -1,0 +1,10 @@
+"""What people look at. It shows the record of what happened, and changes it by verbs only."""
+
+from __future__ import annotations
+
+from .batch import BatchAdmin
+from .callback import CallbackResponseAdmin
+from .conversation import ConversationAdmin
+from .request import LLMRequestAdmin
+
+__all__ = ["BatchAdmin", "CallbackResponseAdmin", "ConversationAdmin", "LLMRequestAdmin"]

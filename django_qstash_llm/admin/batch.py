@@ -1,0 +1,196 @@
+"""Batches: how far each has come, and what it cost so far."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+from django.contrib import admin
+from django.db.models import Count, Q, QuerySet, Sum
+from django.http import HttpRequest, HttpResponse
+from django.utils.html import format_html
+from django.utils.safestring import SafeString
+from django.utils.translation import gettext_lazy as _
+
+from ..models import Batch, LLMRequest
+from ..models.request import UNFINISHED, LLMRequestQuerySet, State
+from . import actions, figures
+from .record import RecordAdmin, Tool, as_uuid
+
+_MOST_FAILURES = 20
+
+
+@dataclass
+class Progress:
+    """What a batch's requests come to."""
+
+    counts: dict[str, int]
+    cost: Decimal | None = None
+    unpriced: int = 0
+
+    @property
+    def unfinished(self) -> int:
+        return sum(self.counts[state] for state in UNFINISHED)
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+
+def progress_of(batches: list[Batch]) -> dict[int, Progress]:
+    """For all ``batches`` in one query."""
+    found: dict[int, Progress] = defaultdict(lambda: Progress({state.value: 0 for state in State}))
+    rows = (
+        LLMRequest.objects.filter(batch__in=batches)
+        .order_by()
+        .values("batch", "state")
+        .annotate(
+            number=Count("pk"),
+            spent=Sum("cost"),
+            unpriced=Count("pk", filter=Q(state=State.COMPLETED, cost=None)),
+        )
+    )
+    for row in rows:
+        progress = found[row["batch"]]
+        progress.counts[row["state"]] = row["number"]
+        progress.unpriced += row["unpriced"]
+        if row["spent"] is not None:
+            progress.cost = (progress.cost or Decimal(0)) + row["spent"]
+    return found
+
+
+@admin.register(Batch)
+class BatchAdmin(RecordAdmin):
+    list_display = ("name_column", "progress_column", "cost_column", "user", "created_column")
+    list_select_related = ("user",)
+    search_fields = ("name",)
+    search_help_text = _("The batch's UUID, or its exact name.")
+    fields = (("uuid", "user", "created_at"),)
+    actions = ("resubmit_failed", "cancel_unfinished")
+
+    def get_search_results(
+        self, request: HttpRequest, queryset: QuerySet[Any], search_term: str
+    ) -> tuple[QuerySet[Any], bool]:
+        term = search_term.strip()
+        if not term:
+            return queryset, False
+        uuid = as_uuid(term)
+        return queryset.filter(**({"uuid": uuid} if uuid else {"name": term})), False
+
+    def complete_page(self, request: HttpRequest, rows: list[Batch]) -> None:
+        found = progress_of(rows)
+        for batch in rows:
+            batch.progress = found[batch.pk]  # type: ignore[attr-defined]
+
+    @admin.display(description=_("batch"))
+    def name_column(self, batch: Batch) -> str:
+        return str(batch)
+
+    @admin.display(description=_("progress"))
+    def progress_column(self, batch: Any) -> SafeString:
+        counts = batch.progress.counts
+        return format_html(
+            '<div class="llm-progress">{}{}</div>',
+            figures.progress_bar(counts),
+            figures.counts_in_words(counts),
+        )
+
+    @admin.display(description=_("cost so far"))
+    def cost_column(self, batch: Any) -> SafeString:
+        return _cost(batch.progress)
+
+    @admin.display(description=_("asked"))
+    def created_column(self, batch: Batch) -> SafeString | str:
+        return figures.moment(batch.created_at)
+
+    # --- the page ---
+
+    def page(self, request: HttpRequest, obj: Batch) -> dict[str, Any]:
+        progress = progress_of([obj])[obj.pk]
+        requests_url = self.list_url(LLMRequest, f"?batch__id__exact={obj.pk}")
+        return {
+            "progress": progress,
+            "bar": figures.progress_bar(progress.counts),
+            "cost": _cost(progress),
+            "requests_url": requests_url,
+            "states": [
+                (
+                    figures.state_sign(state),
+                    figures.count(progress.counts[state]),
+                    f"{requests_url}&state__exact={state.value}",
+                )
+                for state in State
+                if progress.counts[state]
+            ],
+            "failures": self._failures(obj) if progress.counts[State.FAILED] else [],
+        }
+
+    def _failures(self, batch: Batch) -> list[tuple[str, str]]:
+        """Why they failed: each reason with its number, the most frequent first."""
+        rows = (
+            batch.llm_requests.failed()
+            .order_by()
+            .values("error_code")
+            .annotate(number=Count("pk"))
+            .order_by("-number", "error_code")
+            .values_list("error_code", "number")[:_MOST_FAILURES]
+        )
+        return [(code or "?", figures.count(number)) for code, number in rows]
+
+    # --- what can be done ---
+
+    def tools(self, obj: Batch) -> list[Tool]:
+        tools = []
+        if obj.llm_requests.unfinished().exists():
+            tools.append(Tool("cancel_unfinished", _("Cancel the unfinished")))
+        if _to_resubmit(Batch.objects.filter(pk=obj.pk)).exists():
+            tools.append(Tool("resubmit_failed", _("Resubmit the failed…")))
+        return tools
+
+    @admin.action(permissions=["act"], description=_("Resubmit what failed in the selected…"))
+    def resubmit_failed(
+        self, request: HttpRequest, queryset: QuerySet[Batch]
+    ) -> HttpResponse | None:
+        rows = _to_resubmit(queryset)
+        if actions.CONFIRMED not in request.POST:
+            keys = list(queryset.order_by("pk").values_list("pk", flat=True))
+            return actions.confirm_resubmission(
+                self,
+                request,
+                rows,
+                action="resubmit_failed",
+                selected=keys[: actions.MOST_AT_ONCE],
+            )
+        actions.resubmit(self, request, rows)
+        return actions.back_to_page(self, request, queryset.first())
+
+    @admin.action(permissions=["act"], description=_("Cancel what is unfinished in the selected"))
+    def cancel_unfinished(
+        self, request: HttpRequest, queryset: QuerySet[Batch]
+    ) -> HttpResponse | None:
+        actions.cancel(self, request, _of(queryset).unfinished())
+        return actions.back_to_page(self, request, queryset.first())
+
+
+def _of(batches: QuerySet[Batch]) -> LLMRequestQuerySet:
+    keys = list(batches.values_list("pk", flat=True))
+    return LLMRequest.objects.filter(batch__in=keys)
+
+
+def _to_resubmit(batches: QuerySet[Batch]) -> LLMRequestQuerySet:
+    """Failed, and not asked again yet: a second click must not pay twice."""
+    return _of(batches).failed().filter(resubmissions=None)
+
+
+def _cost(progress: Progress) -> SafeString:
+    shown = format_html('<span class="llm-figure">{}</span>', figures.money(progress.cost))
+    if not progress.unpriced:
+        return shown
+    return format_html(
+        '{} <span class="llm-unpriced">+ {} {}</span>',
+        shown,
+        figures.count(progress.unpriced),
+        _("unpriced"),
+    )

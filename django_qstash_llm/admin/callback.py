@@ -1,0 +1,160 @@
+"""Receipts: what QStash told us, attempt by attempt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.contrib import admin
+from django.db.models import BinaryField, QuerySet
+from django.db.models.functions import Length, Substr
+from django.http import HttpRequest
+from django.utils.html import format_html
+from django.utils.safestring import SafeString
+from django.utils.translation import gettext_lazy as _
+
+from ..completions import read_error
+from ..models import CallbackResponse, LLMRequest
+from ..models.callback import CallbackResponseQuerySet, Kind
+from . import figures, text
+from .filters import OrphanFilter
+from .record import RecordAdmin, as_uuid, filled, lines
+
+_SIGNS: dict[str, str] = {Kind.CALLBACK: "→", Kind.FAILURE_CALLBACK: "✕", Kind.QUARANTINED: "!"}
+
+
+def kind_sign(receipt: CallbackResponse) -> SafeString:
+    return format_html(
+        '<span class="llm-state llm-kind-{}"><span aria-hidden="true">{}</span> {}</span>',
+        receipt.kind,
+        _SIGNS.get(receipt.kind, "?"),
+        receipt.get_kind_display(),
+    )
+
+
+def attempt(receipt: CallbackResponse) -> str:
+    """Which of how many."""
+    if receipt.kind == Kind.QUARANTINED:
+        return figures.UNKNOWN
+    return f"{receipt.attempt} / {receipt.max_retries + 1}"
+
+
+def status(receipt: CallbackResponse) -> str:
+    return figures.UNKNOWN if receipt.kind == Kind.QUARANTINED else figures.status(receipt.status)
+
+
+def with_beginnings(receipts: QuerySet[CallbackResponse], size: int) -> QuerySet[Any]:
+    """``receipts`` with ``beginning``, the first ``size`` bytes of their bodies, and ``body_size``.
+
+    A body may be 10 MB, which is a lot to read for a line of it.
+    """
+    return receipts.defer("body").annotate(
+        beginning=Substr("body", 1, size, output_field=BinaryField()), body_size=Length("body")
+    )
+
+
+def words(receipt: Any) -> str:
+    """What the provider said, in short. ``receipt``: of ``with_beginnings``."""
+    if 200 <= receipt.status < 300 or receipt.kind == Kind.QUARANTINED:
+        return ""
+    code, message = read_error(text.unpacked(bytes(receipt.beginning or b"")))
+    return text.excerpt(f"{code}: {message}" if code and message else code or message, 300)
+
+
+@admin.register(CallbackResponse)
+class CallbackResponseAdmin(RecordAdmin):
+    list_display = (
+        "kind_column",
+        "status_column",
+        "attempt_column",
+        "request_column",
+        "problem_column",
+        "seen_count",
+        "received_column",
+    )
+    list_filter = ("kind", OrphanFilter)
+    search_fields = ("source_message_id",)
+    search_help_text = _("The request's UUID, or QStash's message id.")
+    heavy_fields = ("header",)
+
+    def get_queryset(self, request: HttpRequest) -> QuerySet[Any]:
+        return super().get_queryset(request).defer("body")
+
+    def get_fieldsets(self, request: HttpRequest, obj: Any = None) -> Any:
+        groups = (
+            (None, (), ("kind_column", "status_column", "attempt_column", "request_field",
+                        "received_at", "seen_count", "problem")),
+            (_("Response"), ("is_body_cut",), ("body_text", "header_text")),
+            (_("At QStash"), ("dead_letter_id", "verified_by_next_key"),
+             ("source_message_id", "callback_message_id")),
+        )  # fmt: skip
+        wide = {"body_text", "header_text", "problem"}
+        return [
+            (name, {"fields": lines(filled(obj, *always, *sometimes), wide=wide)})
+            for name, sometimes, always in groups
+        ]
+
+    def get_search_results(
+        self, request: HttpRequest, queryset: QuerySet[Any], search_term: str
+    ) -> tuple[QuerySet[Any], bool]:
+        term = search_term.strip()
+        if not term:
+            return queryset, False
+        uuid = as_uuid(term)
+        return queryset.filter(**({"uuid": uuid} if uuid else {"source_message_id": term})), False
+
+    @admin.display(description=_("kind"))
+    def kind_column(self, receipt: CallbackResponse) -> SafeString:
+        return kind_sign(receipt)
+
+    @admin.display(description=_("status"))
+    def status_column(self, receipt: CallbackResponse) -> str:
+        return status(receipt)
+
+    @admin.display(description=_("attempt"))
+    def attempt_column(self, receipt: CallbackResponse) -> str:
+        return attempt(receipt)
+
+    @admin.display(description=_("LLM request"))
+    def request_column(self, receipt: CallbackResponse) -> SafeString:
+        return self._request_link(receipt, str(receipt.uuid)[:8])
+
+    @admin.display(description=_("LLM request"))
+    def request_field(self, receipt: CallbackResponse) -> SafeString:
+        return self._request_link(receipt, str(receipt.uuid))
+
+    def _request_link(self, receipt: CallbackResponse, label: str) -> SafeString:
+        if receipt.llm_request_id is None:
+            return format_html(
+                '<span class="llm-uuid">{}</span> <span class="llm-note">{}</span>',
+                label,
+                _("not here"),
+            )
+        url = self.page_url(LLMRequest(pk=receipt.llm_request_id))
+        return format_html('<a class="llm-uuid" href="{}">{}</a>', url, label)
+
+    @admin.display(description=_("problem"))
+    def problem_column(self, receipt: CallbackResponse) -> str:
+        return text.excerpt(receipt.problem, 120) or figures.UNKNOWN
+
+    @admin.display(description=_("received"))
+    def received_column(self, receipt: CallbackResponse) -> SafeString | str:
+        return figures.moment(receipt.received_at)
+
+    @admin.display(description=_("body"))
+    def body_text(self, receipt: CallbackResponse) -> SafeString:
+        return body_text(receipt)
+
+    @admin.display(description=_("header"))
+    def header_text(self, receipt: CallbackResponse) -> SafeString | str:
+        return text.pretty_json(receipt.header) if receipt.header else figures.UNKNOWN
+
+
+def body_text(receipt: CallbackResponse) -> SafeString:
+    """The stored body as text, as much of it as is shown."""
+    rows: CallbackResponseQuerySet = CallbackResponse.objects.filter(pk=receipt.pk)
+    row = with_beginnings(rows, text.LONGEST).values_list("beginning", "body_size").first()
+    beginning, size = row or (b"", 0)
+    if not beginning:
+        return format_html('<p class="llm-note">{}</p>', _("empty"))
+    is_cut = size > text.LONGEST
+    return text.preformatted(text.decoded(bytes(beginning)), size=size if is_cut else None)

@@ -1,0 +1,363 @@
+"""The list of requests and one request's page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+from django.contrib import admin
+from django.contrib.contenttypes.models import ContentType
+from django.db.models import Q, QuerySet
+from django.http import HttpRequest, HttpResponse
+from django.utils import timezone
+from django.utils.html import format_html, format_html_join
+from django.utils.safestring import SafeString
+from django.utils.translation import gettext_lazy as _
+from django.utils.translation import ngettext
+
+from ..exceptions import ConfigurationError
+from ..models import CallbackResponse, LLMRequest
+from ..models.callback import Kind
+from ..models.request import ANNOUNCED, UNFINISHED, LLMRequestQuerySet
+from . import about, actions, callback, chat, figures, story, text
+from .filters import AttentionFilter, ProviderFilter
+from .record import RecordAdmin, Tool, filled, lines
+
+_HEX = set("0123456789abcdef")
+_SHORTEST_PREFIX = 6
+_WIDE = {"metadata_field", "usage_field", "announce_error"}
+_WORDS_READ = 4096
+"""Bytes of an attempt's body that are read for a line about it."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One receipt as a line of the timeline."""
+
+    url: str
+    receipt: CallbackResponse
+
+    @property
+    def sign(self) -> SafeString:
+        return callback.kind_sign(self.receipt)
+
+    @property
+    def number(self) -> str:
+        return callback.attempt(self.receipt)
+
+    @property
+    def status(self) -> str:
+        return callback.status(self.receipt)
+
+    @property
+    def words(self) -> str:
+        return callback.words(self.receipt)
+
+    @property
+    def received(self) -> SafeString | str:
+        return figures.moment(self.receipt.received_at)
+
+
+@admin.register(LLMRequest)
+class LLMRequestAdmin(RecordAdmin):
+    list_display = (
+        "state_column",
+        "request_column",
+        "about_column",
+        "cost_column",
+        "time_column",
+    )
+    list_display_links = ("request_column",)
+    list_filter = ("state", ProviderFilter, "via", AttentionFilter)
+    # Only makes the box appear; see get_search_results.
+    search_fields = ("uuid",)
+    search_help_text = _(
+        "A UUID or its beginning, a QStash message id, a tenant, or the primary key of what a "
+        "request is about."
+    )
+    actions = ("resubmit", "cancel", "announce_again")
+    heavy_fields = (
+        "messages",
+        "parameters",
+        "metadata",
+        "labels",
+        "completion",
+        "refusal",
+        "tool_calls",
+        "usage",
+        "error",
+        "announce_error",
+    )
+
+    # --- the list ---
+
+    def get_search_results(
+        self, request: HttpRequest, queryset: QuerySet[Any], search_term: str
+    ) -> tuple[QuerySet[Any], bool]:
+        """Lookups that an index can serve; none reads through texts."""
+        term = search_term.strip()
+        if not term:
+            return queryset, False
+        if term.startswith("msg_"):
+            return queryset.filter(qstash_message_id=term), False
+        # With the types named, the index that begins with them serves.
+        content_types = list(ContentType.objects.values_list("pk", flat=True))
+        wanted = Q(content_type__in=content_types, object_id=term) | Q(tenant=term)
+        uuids = _uuids_that_begin(term)
+        if uuids:
+            wanted |= Q(uuid__range=uuids)
+        return queryset.filter(wanted), False
+
+    def complete_page(self, request: HttpRequest, rows: list[LLMRequest]) -> None:
+        shown = about.links(rows, self.admin_site, request)
+        for row in rows:
+            row.about_shown = shown[row.pk]  # type: ignore[attr-defined]
+
+    # Two lines a cell: the menu and the filter leave little room beside them.
+
+    @admin.display(description=_("state"))
+    def state_column(self, llm_request: LLMRequest) -> SafeString:
+        number = llm_request.attempts
+        attempts = ngettext("%d attempt", "%d attempts", number) % number if number else ""
+        return _two_lines(figures.state_sign(llm_request.state), attempts)
+
+    @admin.display(description=_("request"))
+    def request_column(self, llm_request: LLMRequest) -> SafeString:
+        key = str(llm_request.uuid)[:8]
+        model = text.excerpt(llm_request.model, 60)
+        return _two_lines(model, format_html("{} · {}", llm_request.provider, key))
+
+    @admin.display(description=_("about · via"))
+    def about_column(self, llm_request: LLMRequest) -> SafeString:
+        via = llm_request.get_via_display()
+        if llm_request.queue:
+            via = f"{via} · {text.excerpt(llm_request.queue, 40)}"
+        about_shown = getattr(llm_request, "about_shown", figures.UNKNOWN)
+        return format_html('{}<br><span class="llm-quiet">{}</span>', about_shown, via)
+
+    @admin.display(description=_("cost · tokens"))
+    def cost_column(self, llm_request: LLMRequest) -> SafeString:
+        tokens = figures.tokens(llm_request)
+        return _two_lines(figures.cost(llm_request), "" if tokens == figures.UNKNOWN else tokens)
+
+    @admin.display(description=_("asked · took"))
+    def time_column(self, llm_request: LLMRequest) -> SafeString:
+        asked, finished = llm_request.created_at, llm_request.finished_at
+        took = figures.duration(finished - asked) if finished else figures.UNKNOWN
+        return _two_lines(figures.moment(llm_request.created_at), took)
+
+    # --- the page ---
+
+    def get_fieldsets(self, request: HttpRequest, obj: Any = None) -> Any:
+        """Only what says something about this one."""
+        groups = (
+            (
+                _("Belongs to"),
+                (),
+                ("about_field", "user", "tenant", "labels_field", "metadata_field", "batch",
+                 "conversation", "trigger", "resubmission_of", "resubmissions_field"),
+            ),
+            (
+                _("Delivery"),
+                ("collapse",),
+                ("via", "queue", "not_before", "retries", "retry_delay", "timeout",
+                 "flow_control", "redact", "qstash_message_id", "dead_letter_id",
+                 "submission_number", "submission_tries", "first_tried_at", "submit_after"),
+            ),
+            (
+                _("Answer"),
+                ("collapse",),
+                ("completion_id", "answered_by", "finish_reason", "usage_field"),
+            ),
+            (
+                _("Announcing"),
+                ("collapse",),
+                ("announced_at", "announce_tries", "announce_after", "announce_error"),
+            ),
+        )  # fmt: skip
+        fieldsets = []
+        for name, classes, fields in groups:
+            shown = [f for f in filled(obj, *fields) if self._has_something(f, obj)]
+            if shown:
+                options = {"fields": lines(shown, wide=_WIDE), "classes": classes}
+                fieldsets.append((name, options))
+        return fieldsets
+
+    def _has_something(self, name: str, obj: LLMRequest) -> bool:
+        method = getattr(self, name, None)
+        return method is None or method(obj) not in {"", figures.UNKNOWN}
+
+    def page(self, request: HttpRequest, obj: LLMRequest) -> dict[str, Any]:
+        first, left_out, last = chat.bubbles(obj.messages)
+        attempts = self._attempts(request, obj)
+        telling = max(attempts, key=_is_telling, default=None)
+        kind_of_trouble, trouble = story.trouble(obj)
+        return {
+            "state_sign": figures.state_sign(obj.state),
+            "sentences": story.sentences(obj, now=timezone.now()),
+            "moments": story.moments(obj),
+            "trouble_kind": kind_of_trouble,
+            "trouble": text.preformatted(trouble) if trouble else "",
+            "announce_trouble": _announce_trouble(obj),
+            "first_messages": first,
+            "messages_left_out": left_out,
+            "last_messages": last,
+            "answer": chat.answer(obj),
+            "usage_rows": _usage_rows(obj),
+            "cost": figures.money(obj.cost, decimals=12) if obj.cost is not None else "",
+            "cost_cell": figures.cost(obj),
+            "attempts": attempts,
+            "raw_request": _raw_request(obj),
+            "raw_response": telling and callback.body_text(telling.receipt),
+            "raw_header": telling and _header(telling.receipt),
+        }
+
+    def _attempts(self, request: HttpRequest, obj: LLMRequest) -> list[Attempt]:
+        if not self.admin_site.is_registered(CallbackResponse):
+            return []
+        if not self.admin_site.get_model_admin(CallbackResponse).has_view_permission(request):
+            return []
+        receipts = callback.with_beginnings(obj.callback_responses.defer("header"), _WORDS_READ)
+        # What could not be read says of no attempt which one it was.
+        in_order = sorted(receipts, key=lambda r: (r.kind == Kind.QUARANTINED, r.retried, r.pk))
+        return [Attempt(self.page_url(receipt), receipt) for receipt in in_order]
+
+    @admin.display(description=_("about"))
+    def about_field(self, llm_request: LLMRequest) -> SafeString | str:
+        shown: SafeString | str = getattr(llm_request, "about_shown", "")
+        return shown
+
+    def get_object(self, request: HttpRequest, object_id: str, from_field: Any = None) -> Any:
+        llm_request = super().get_object(request, object_id, from_field)
+        if llm_request is not None:
+            self.complete_page(request, [llm_request])
+            # Once: Django asks for the fieldsets several times.
+            again = llm_request.resubmissions.only("uuid", "state", "resubmission_of").order_by(
+                "id"
+            )
+            llm_request.resubmitted_as = list(again[:20])
+        return llm_request
+
+    @admin.display(description=_("labels"))
+    def labels_field(self, llm_request: LLMRequest) -> SafeString:
+        labels = llm_request.labels if isinstance(llm_request.labels, list) else []
+        return format_html_join(
+            " ", '<span class="llm-label">{}</span>', ((str(label),) for label in labels)
+        )
+
+    @admin.display(description=_("metadata"))
+    def metadata_field(self, llm_request: LLMRequest) -> SafeString | str:
+        return text.pretty_json(llm_request.metadata) if llm_request.metadata else ""
+
+    @admin.display(description=_("usage as reported"))
+    def usage_field(self, llm_request: LLMRequest) -> SafeString | str:
+        return text.pretty_json(llm_request.usage) if llm_request.usage else ""
+
+    @admin.display(description=_("resubmitted as"))
+    def resubmissions_field(self, llm_request: Any) -> SafeString:
+        return format_html_join(
+            " ",
+            '<a class="llm-uuid" href="{}">{}</a> {}',
+            (
+                (self.page_url(row), str(row.uuid)[:8], figures.state_sign(row.state))
+                for row in llm_request.resubmitted_as
+            ),
+        )
+
+    # --- what can be done ---
+
+    def tools(self, obj: LLMRequest) -> list[Tool]:
+        if obj.state in UNFINISHED:
+            return [Tool("cancel", _("Cancel"))]
+        tools = [Tool("resubmit", _("Resubmit…"))]
+        if obj.state in ANNOUNCED and obj.announced_at is None and obj.announce_tries:
+            tools.append(Tool("announce_again", _("Announce again")))
+        return tools
+
+    @admin.action(permissions=["act"], description=_("Resubmit selected %(verbose_name_plural)s…"))
+    def resubmit(self, request: HttpRequest, queryset: LLMRequestQuerySet) -> HttpResponse | None:
+        rows = _afresh(queryset)
+        if actions.CONFIRMED not in request.POST:
+            keys = list(rows.order_by("pk").values_list("pk", flat=True)[: actions.MOST_AT_ONCE])
+            return actions.confirm_resubmission(
+                self, request, rows, action="resubmit", selected=keys
+            )
+        outcome = actions.resubmit(self, request, rows)
+        return actions.back_to_page(
+            self, request, outcome.done[0][1] if outcome.done else rows.first()
+        )
+
+    @admin.action(permissions=["act"], description=_("Cancel selected %(verbose_name_plural)s"))
+    def cancel(self, request: HttpRequest, queryset: LLMRequestQuerySet) -> HttpResponse | None:
+        rows = _afresh(queryset)
+        actions.cancel(self, request, rows)
+        return actions.back_to_page(self, request, rows.first())
+
+    @admin.action(
+        permissions=["act"], description=_("Announce selected %(verbose_name_plural)s again")
+    )
+    def announce_again(
+        self, request: HttpRequest, queryset: LLMRequestQuerySet
+    ) -> HttpResponse | None:
+        rows = _afresh(queryset)
+        actions.announce_again(self, request, rows)
+        return actions.back_to_page(self, request, rows.first())
+
+
+def _afresh(queryset: LLMRequestQuerySet) -> LLMRequestQuerySet:
+    """The same rows, whole: the list leaves out the heavy fields."""
+    return queryset.defer(None)
+
+
+def _uuids_that_begin(term: str) -> tuple[UUID, UUID] | None:
+    """The first and the last UUID that begin with ``term``."""
+    digits = term.lower().replace("-", "")
+    if not _SHORTEST_PREFIX <= len(digits) <= 32 or not set(digits) <= _HEX:
+        return None
+    return UUID(digits.ljust(32, "0")), UUID(digits.ljust(32, "f"))
+
+
+def _two_lines(first: SafeString | str, second: SafeString | str) -> SafeString:
+    if not second:
+        return format_html('<span class="llm-figure">{}</span>', first)
+    return format_html(
+        '<span class="llm-figure">{}</span><br><span class="llm-quiet">{}</span>', first, second
+    )
+
+
+def _is_telling(attempt: Attempt) -> tuple[bool, int]:
+    """The answer tells more than any failure, and later news more than earlier."""
+    return 200 <= attempt.receipt.status < 300, attempt.receipt.pk
+
+
+def _announce_trouble(obj: LLMRequest) -> SafeString | str:
+    is_open = obj.announced_at is None and obj.announce_error
+    return text.preformatted(obj.announce_error) if is_open else ""
+
+
+def _usage_rows(obj: LLMRequest) -> Iterator[tuple[Any, str]]:
+    names = (
+        (_("input"), obj.input_tokens),
+        (_("of it read from a cache"), obj.cached_tokens),
+        (_("of it written to a cache"), obj.cache_write_tokens),
+        (_("output"), obj.output_tokens),
+        (_("of it reasoning"), obj.reasoning_tokens),
+    )
+    return ((name, figures.count(number)) for name, number in names if number is not None)
+
+
+def _raw_request(obj: LLMRequest) -> SafeString:
+    try:
+        asked = json.loads(obj.body())
+    except (ConfigurationError, TypeError, ValueError):
+        # Its provider has left the settings since: what the row holds says it as well.
+        asked = {"model": obj.model, "messages": obj.messages, **(obj.parameters or {})}
+    return text.pretty_json(asked)
+
+
+def _header(receipt: CallbackResponse) -> SafeString | str:
+    header = CallbackResponse.objects.values_list("header", flat=True).get(pk=receipt.pk)
+    return text.pretty_json(header) if header else ""

@@ -1,0 +1,511 @@
+"""What a callback does to its request. The door it comes through is in test_views.py."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from django.conf import settings
+from django.db import connections, transaction
+from django.test import Client
+from django.utils import timezone
+
+from django_qstash_llm.models import CallbackResponse, LLMRequest
+from django_qstash_llm.models.callback import CallbackResponseQuerySet
+from django_qstash_llm.qstash import Callback, sign
+from tests.conftest import ANSWER
+from tests.wire import FakeQStash
+
+pytestmark = pytest.mark.django_db
+
+Post = Callable[..., Any]
+DONE = json.dumps(ANSWER).encode()
+BUSY = b'{"error": {"message": "Busy", "code": "overloaded"}}'
+
+
+@pytest.fixture
+def llm_request(qstash: FakeQStash) -> LLMRequest:
+    return ask()
+
+
+def ask(**asked: Any) -> LLMRequest:
+    row: LLMRequest = LLMRequest.objects.publish([{"role": "user", "content": "?"}], **asked)
+    return row
+
+
+def told(**changed: Any) -> Callback:
+    fields: dict[str, Any] = {"status": 200, "body": DONE, "source_message_id": "msg_1"}
+    return Callback(**(fields | {"max_retries": 3} | changed))
+
+
+def attempt(number: int, **changed: Any) -> Callback:
+    return told(**({"status": 503, "body": BUSY, "retried": number - 1} | changed))
+
+
+# --- one callback ---
+
+
+def test_success_is_written_down_whole(
+    llm_request: LLMRequest, post_callback: Post, settings: Any
+) -> None:
+    price = {"openai/gpt-5.4-mini": {"input": "1", "output": "2"}}
+    settings.QSTASH_LLM = settings.QSTASH_LLM | {"PRICES": price}
+    before = timezone.now()
+    post_callback(llm_request, told(retried=1, header={"X-Request-Id": ["r"]}))
+    row = LLMRequest.objects.get()
+    expected = {
+        "state": "completed",
+        "completion": "Forty-two.",
+        "completion_id": "chatcmpl-1",
+        "answered_by": "gpt-5.4-mini-2026-03-01",
+        "finish_reason": "stop",
+        "input_tokens": 9,
+        "output_tokens": 3,
+        "cached_tokens": None,
+        "usage": ANSWER["usage"],
+        "cost": Decimal("0.000015"),
+        "cost_source": "setting",
+        "attempts": 2,
+        "last_status": 200,
+        "qstash_message_id": "msg_1",
+        "error": "",
+        "announced_at": None,
+    }
+    assert {name: getattr(row, name) for name in expected} == expected
+    assert before <= row.finished_at <= timezone.now()
+    assert row.submitted_at is not None
+
+    receipt = CallbackResponse.objects.get()
+    kept = {
+        "uuid": row.uuid,
+        "llm_request_id": row.pk,
+        "kind": "callback",
+        "source_message_id": "msg_1",
+        "retried": 1,
+        "max_retries": 3,
+        "status": 200,
+        "header": {"X-Request-Id": ["r"]},
+        "seen_count": 1,
+        "is_body_cut": False,
+        "problem": "",
+    }
+    assert {name: getattr(receipt, name) for name in kept} == kept
+    assert bytes(receipt.body) == DONE
+    assert (receipt.attempt, str(receipt)) == (2, "callback 200 · msg_1")
+
+
+def test_unpriced_completion_costs_an_unknown_amount(
+    llm_request: LLMRequest, post_callback: Post
+) -> None:
+    body = json.dumps({name: value for name, value in ANSWER.items() if name != "usage"}).encode()
+    post_callback(llm_request, told(body=body))
+    row = LLMRequest.objects.get()
+    assert (row.state, row.cost, row.cost_source, row.input_tokens) == ("completed", None, "", None)
+    assert list(LLMRequest.objects.unpriced()) == [row]
+
+
+def test_failed_attempt_with_retries_left_is_only_an_attempt(
+    llm_request: LLMRequest, post_callback: Post
+) -> None:
+    post_callback(llm_request, attempt(2))
+    row = LLMRequest.objects.get()
+    assert (row.state, row.attempts, row.last_status, row.error) == ("submitted", 2, 503, "")
+    assert row.finished_at is None
+
+
+def test_last_failed_attempt_fails_the_request_with_the_providers_words(
+    llm_request: LLMRequest, post_callback: Post
+) -> None:
+    post_callback(llm_request, attempt(4))
+    row = LLMRequest.objects.get()
+    assert (row.state, row.error_code) == ("failed", "overloaded")
+    assert row.error == "Busy (after 4 attempts)"
+
+
+@pytest.mark.parametrize(
+    ("changed", "code", "error"),
+    [
+        ({"status": -1, "body": b""}, "no_response", "the provider did not answer"),
+        ({"status": 0, "body": b""}, "no_response", "the provider did not answer"),
+        ({"status": 500, "body": b""}, "http_500", "the provider answered 500"),
+        ({"status": 302, "body": b""}, "http_302", "the provider answered 302"),
+        ({"status": 502, "body": b"<html>Bad gateway"}, "http_502", "<html>Bad gateway"),
+        ({"status": 429, "body": BUSY}, "overloaded", "Busy"),
+        ({"status": 429, "body": gzip.compress(BUSY)}, "overloaded", "Busy"),
+    ],
+)
+def test_reason_of_a_failure_is_kept(
+    llm_request: LLMRequest, post_callback: Post, changed: dict[str, Any], code: str, error: str
+) -> None:
+    post_callback(llm_request, told(max_retries=0, **changed))
+    row = LLMRequest.objects.get()
+    assert (row.state, row.error_code) == ("failed", code)
+    assert row.error == f"{error} (after 1 attempt)"
+
+
+def test_failure_callback_is_the_end_though_retries_were_left(
+    llm_request: LLMRequest, post_callback: Post
+) -> None:
+    """A 489 stops the retries, and only the failure callback says so."""
+    post_callback(llm_request, attempt(1, status=489))
+    assert LLMRequest.objects.get().state == "submitted"
+    post_callback(llm_request, attempt(1, status=489, dlq_id="dlq_1"))
+    row = LLMRequest.objects.get()
+    assert (row.state, row.dead_letter_id, row.attempts) == ("failed", "dlq_1", 1)
+    assert set(CallbackResponse.objects.values_list("kind", flat=True)) == {
+        "callback",
+        "failure_callback",
+    }
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        (DONE[:60], "truncated"),
+        (b"", "empty"),
+        (b"<html>OK</html>", "not_json"),
+        (b"data: {}\n\n", "stream"),
+        (b'{"choices": []}', "no_choices"),
+        (b'{"error": {"code": "upstream", "message": "gone"}}', "upstream"),
+    ],
+)
+def test_unreadable_success_fails_with_why_and_its_cost_is_unknown(
+    llm_request: LLMRequest, post_callback: Post, body: bytes, code: str
+) -> None:
+    assert post_callback(llm_request, told(body=body)).status_code == 200
+    row = LLMRequest.objects.get()
+    assert (row.state, row.error_code, row.cost, row.last_status) == ("failed", code, None, 200)
+    receipt = CallbackResponse.objects.get()
+    assert bytes(receipt.body) == body  # the evidence survives
+    assert receipt.problem == row.error
+
+
+def test_gzipped_answer_is_read(llm_request: LLMRequest, post_callback: Post) -> None:
+    header = {"Content-Encoding": ["gzip"]}
+    post_callback(llm_request, told(body=gzip.compress(DONE), header=header))
+    assert LLMRequest.objects.get().completion == "Forty-two."
+
+
+def test_body_is_stored_up_to_the_setting_and_read_whole(
+    llm_request: LLMRequest, post_callback: Post, settings: Any
+) -> None:
+    settings.QSTASH_LLM = settings.QSTASH_LLM | {"MAX_STORED_BODY_BYTES": 20}
+    post_callback(llm_request, told())
+    receipt = CallbackResponse.objects.get()
+    assert (bytes(receipt.body), receipt.is_body_cut) == (DONE[:20], True)
+    assert LLMRequest.objects.get().completion == "Forty-two."
+
+
+def test_headers_that_are_nobodys_business_are_dropped(
+    llm_request: LLMRequest, post_callback: Post
+) -> None:
+    header = {"Set-Cookie": ["a=b"], "X-API-Key": ["k"], "authorization": ["x"], "Age": ["1"]}
+    post_callback(llm_request, told(header=header))
+    assert CallbackResponse.objects.get().header == {"Age": ["1"]}
+
+
+def test_wrong_price_loses_no_answer(
+    llm_request: LLMRequest, post_callback: Post, settings: Any
+) -> None:
+    settings.QSTASH_LLM = settings.QSTASH_LLM | {"PRICES": {"openai/gpt-5.4-mini": {"in": 1}}}
+    assert post_callback(llm_request, told()).status_code == 200
+    row = LLMRequest.objects.get()
+    assert (row.state, row.completion) == ("completed", "Forty-two.")
+    assert row.cost_source != "setting"
+
+
+# --- early, late, twice ---
+
+
+@pytest.mark.parametrize("claimed", [False, True])
+def test_early_callback_needs_no_answer_to_the_submission(
+    llm_request: LLMRequest, post_callback: Post, claimed: bool
+) -> None:
+    if claimed:
+        until = timezone.now()
+        LLMRequest.objects.update(claim_token=llm_request.uuid, claimed_until=until)
+    post_callback(llm_request, attempt(1))
+    row = LLMRequest.objects.get()
+    assert (row.state, row.qstash_message_id, row.attempts) == ("submitted", "msg_1", 1)
+    assert row.submitted_at is not None
+
+
+def test_late_attempt_does_not_lower_a_completion(
+    llm_request: LLMRequest, post_callback: Post
+) -> None:
+    post_callback(llm_request, told(retried=2))
+    before = LLMRequest.objects.values().get()
+    for late in (attempt(1), attempt(2), attempt(3, status=500)):
+        assert post_callback(llm_request, late).status_code == 200
+    assert LLMRequest.objects.values().get() == before
+    assert CallbackResponse.objects.count() == 3  # the third is told again, with another status
+
+
+def test_answer_wins_over_a_failure_told_before(
+    llm_request: LLMRequest, post_callback: Post
+) -> None:
+    post_callback(llm_request, attempt(4, dlq_id="dlq_1"))
+    LLMRequest.objects.update(announced_at=timezone.now())
+    post_callback(llm_request, told(retried=3))
+    row = LLMRequest.objects.get()
+    assert (row.state, row.completion, row.error, row.error_code) == (
+        "completed",
+        "Forty-two.",
+        "",
+        "",
+    )
+    assert row.announced_at is None  # to be told
+
+
+def test_cancelled_stays_cancelled_and_the_receipt_is_kept(
+    llm_request: LLMRequest, post_callback: Post
+) -> None:
+    llm_request.cancel()
+    for callback in (attempt(1), told(retried=1), attempt(4, dlq_id="dlq_1")):
+        assert post_callback(llm_request, callback).status_code == 200
+    row = LLMRequest.objects.get()
+    assert (row.state, row.completion, row.cost) == ("cancelled", "", None)
+    assert row.callback_responses.count() == 3
+
+
+def test_other_requests_are_left_alone(llm_request: LLMRequest, post_callback: Post) -> None:
+    other = ask()
+    before = LLMRequest.objects.values().get(pk=other.pk)
+    post_callback(llm_request, told())
+    assert LLMRequest.objects.values().get(pk=other.pk) == before
+
+
+# Each name is one thing that may be told about one request.
+TELLABLE = {
+    "attempt 1": attempt(1),
+    "attempt 2, no answer": attempt(2, status=-1, body=b""),
+    "success": told(retried=2),
+    "last attempt": attempt(4),
+    "failure callback": attempt(4, dlq_id="dlq_1"),
+}
+SEEN_BY_USERS = [
+    *("state", "completion", "completion_id", "answered_by", "input_tokens", "output_tokens"),
+    *("cost", "error", "error_code", "attempts", "last_status", "dead_letter_id"),
+    "qstash_message_id",
+]
+
+
+def test_any_order_has_the_same_end(llm_request: LLMRequest, post_callback: Post) -> None:
+    """All 325 orders of up to five callbacks, walked as a tree: a branch is a savepoint."""
+    ends: dict[frozenset[str], set[Any]] = defaultdict(set)
+
+    def tell_what_is_left(heard: frozenset[str]) -> None:
+        for name in TELLABLE.keys() - heard:
+            with transaction.atomic():
+                assert post_callback(llm_request, TELLABLE[name]).status_code == 200
+                ends[heard | {name}].add(LLMRequest.objects.values_list(*SEEN_BY_USERS).get())
+                tell_what_is_left(heard | {name})
+                transaction.set_rollback(True)
+
+    tell_what_is_left(frozenset())
+    assert len(ends) == 31
+    assert {heard: len(different) for heard, different in ends.items() if len(different) > 1} == {}
+    states = {heard: end[0] for heard, [end] in ends.items()}
+    assert states == {heard: state_after(heard) for heard in ends}
+
+
+def state_after(heard: frozenset[str]) -> str:
+    if "success" in heard:
+        return "completed"
+    return "failed" if {"last attempt", "failure callback"} & heard else "submitted"
+
+
+@pytest.mark.django_db(transaction=True)
+def test_shuffled_repeated_and_parallel_callbacks_take_effect_once(qstash: FakeQStash) -> None:
+    rows = [ask() for _ in range(6)]
+    deliveries = [
+        (row, callback)
+        for number, row in enumerate(rows)
+        for callback in (
+            attempt(1, source_message_id=f"m{number}"),
+            attempt(2, source_message_id=f"m{number}"),
+            told(retried=2, source_message_id=f"m{number}"),
+            attempt(4, source_message_id=f"m{number}", dlq_id=f"d{number}"),
+        )
+        for _ in range(3)
+    ]
+    random.Random(7).shuffle(deliveries)
+    answers: list[Any] = []
+
+    def deliver(mine: list[tuple[LLMRequest, Callback]]) -> None:
+        client = Client()
+        for row, callback in mine:
+            url = f"http://testserver/llm/callback/{row.uuid}/"
+            body = callback.to_json()
+            key = settings.QSTASH_CURRENT_SIGNING_KEY
+            signature = sign(body, url=url, key=key, now=timezone.now().timestamp())
+            headers = {"Upstash-Signature": signature}
+            answers.append(client.generic("POST", url, body, headers=headers).status_code)
+        connections.close_all()
+
+    threads = [threading.Thread(target=deliver, args=[deliveries[n::8]]) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == [200] * len(deliveries)
+    assert CallbackResponse.objects.count() == 24
+    assert sum(CallbackResponse.objects.values_list("seen_count", flat=True)) == len(deliveries)
+    ends = LLMRequest.objects.values_list("state", "completion", "attempts", "error")
+    assert set(ends) == {("completed", "Forty-two.", 4, "")}
+
+
+# --- what providers say and databases refuse ---
+
+HOSTILE_TEXT = ["nul\x00", "\ud800half", "x" * 5000, "<script>alert(1)</script>", "‮", "😀" * 300]
+
+
+def with_answer(**changed: Any) -> Callback:
+    return told(body=json.dumps(ANSWER | changed).encode())
+
+
+def said(**message: Any) -> dict[str, Any]:
+    return {"choices": [{"message": message, "finish_reason": "stop"}]}
+
+
+HOSTILE: dict[str, Callback] = {
+    **{f"text {t[:6]!a}": with_answer(**said(content=t)) for t in HOSTILE_TEXT},
+    **{f"refusal {t[:6]!a}": with_answer(**said(refusal=t)) for t in HOSTILE_TEXT},
+    **{f"id {t[:6]!a}": with_answer(id=t) for t in HOSTILE_TEXT},
+    **{f"model {t[:6]!a}": with_answer(model=t) for t in HOSTILE_TEXT},
+    **{
+        f"finish {t[:6]!a}": with_answer(
+            choices=[{"message": {"content": "x"}, "finish_reason": t}]
+        )
+        for t in HOSTILE_TEXT
+    },
+    **{
+        f"usage {name} {count!r:.12}": with_answer(usage=ANSWER["usage"] | {name: count})
+        for name in ("prompt_tokens", "completion_tokens", "total_tokens")
+        for count in (2**31, 2**62, 2**63, 10**30, -5, "abc", [1], True, 12.7, 1e300)
+    },
+    "usage key": with_answer(usage={"a\x00": {"\ud800": [2**80]}}),
+    "usage NaN": told(body=DONE.replace(b'"prompt_tokens": 9', b'"prompt_tokens": NaN')),
+    "usage 1e400": told(body=DONE.replace(b'"prompt_tokens": 9', b'"prompt_tokens": 1e400')),
+    "usage deep": with_answer(usage={"a": json.loads("[" * 500 + "]" * 500)}),
+    "usage a list": with_answer(usage=[1]),
+    **{
+        f"cost {cost!r}": with_answer(usage=ANSWER["usage"] | {"cost": cost})
+        for cost in (1e30, -1, "NaN", "Infinity", 1e-30, 999_999.123456789012345, "x", [])
+    },
+    "tool calls": with_answer(**said(tool_calls=[{"f\x00": "\ud800", "n": float("nan")}])),
+    "tool calls deep": with_answer(**said(tool_calls=[json.loads("[" * 500 + "]" * 500)])),
+    "anthropic sums": told(
+        body=json.dumps(
+            {
+                "type": "message",
+                "content": [{"type": "text", "text": "x"}],
+                "usage": {
+                    "input_tokens": 2**62,
+                    "cache_read_input_tokens": 2**62,
+                    "output_tokens": 2,
+                },
+            }
+        ).encode()
+    ),
+    **{f"header {t[:6]!a}": told(header={f"X-{t}": [t]}) for t in HOSTILE_TEXT},
+    **{
+        f"error {t[:6]!a}": told(
+            status=500,
+            max_retries=0,
+            body=json.dumps({"error": {"message": t, "code": t}}).encode(),
+        )
+        for t in HOSTILE_TEXT
+    },
+    **{f"raw error {t[:6]!a}": told(status=500, max_retries=0, body=t.encode("utf-8", "replace"))
+       for t in HOSTILE_TEXT},
+    "raw bytes": told(status=500, max_retries=0, body=bytes(range(256))),
+    **{f"message id {t[:6]!a}": told(source_message_id=t) for t in HOSTILE_TEXT},
+    **{f"dead letter {t[:6]!a}": told(status=500, dlq_id=t) for t in HOSTILE_TEXT},
+    **{f"retried {n}": told(status=500, retried=n) for n in (2**31 - 2, 2**31 - 1, 2**40, 2**62)},
+    **{f"max retries {n}": told(status=500, max_retries=n) for n in (2**31, 2**62)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_content_is_stored_clean_on_every_database(
+    llm_request: LLMRequest, post_callback: Post, settings: Any, name: str
+) -> None:
+    price = {"openai/gpt-5.4-mini": {"input": "1", "output": "2"}}
+    settings.QSTASH_LLM = settings.QSTASH_LLM | {"PRICES": price}
+    callback = HOSTILE[name]
+    response = post_callback(llm_request, callback)
+    assert response.status_code == 200, CallbackResponse.objects.get().problem
+    row = LLMRequest.objects.get()
+    receipt = CallbackResponse.objects.get()
+    ends = ("submitted", "failed") if callback.status >= 300 else ("completed",)
+    assert (receipt.kind != "quarantined", row.state in ends) == (True, True)
+    shown = repr(LLMRequest.objects.values().get()) + repr(receipt.header)
+    assert "\\x00" not in shown
+    assert "\\ud800" not in shown
+    for field in LLMRequest._meta.concrete_fields:
+        field.clean(getattr(row, field.attname), row) if not field.blank else None
+    # SQLite stores what is too long for a column of PostgreSQL.
+    for stored in (row, receipt):
+        for field in stored._meta.concrete_fields:
+            if field.max_length and isinstance(getattr(stored, field.attname), str):
+                assert len(getattr(stored, field.attname)) <= field.max_length
+
+
+@pytest.mark.parametrize("status", [99, 600, 700, "teapot", None, [], 1e300, "200"])
+def test_status_out_of_range_is_noted_and_is_no_response(
+    llm_request: LLMRequest, post_callback: Post, status: Any
+) -> None:
+    envelope = json.loads(told().to_json()) | {"status": status}
+    assert post_callback(llm_request, json.dumps(envelope).encode()).status_code == 200
+    receipt = CallbackResponse.objects.get()
+    assert receipt.status == (200 if status == "200" else -1)
+
+
+def test_body_that_is_not_base64_is_kept_and_noted(
+    llm_request: LLMRequest, post_callback: Post
+) -> None:
+    envelope = json.loads(told().to_json()) | {"body": "Y!W@J#j"}
+    post_callback(llm_request, json.dumps(envelope).encode())
+    receipt = CallbackResponse.objects.get()
+    assert bytes(receipt.body) == b"Y!W@J#j"
+    assert LLMRequest.objects.get().error_code == "not_json"
+
+
+def test_note_about_the_envelope_survives_an_unreadable_answer(
+    llm_request: LLMRequest, post_callback: Post
+) -> None:
+    envelope = json.loads(told().to_json()) | {"body": "Y!W@J#j"}
+    post_callback(llm_request, json.dumps(envelope).encode())
+    problem = CallbackResponse.objects.get().problem
+    assert "body is not base64" in problem
+    assert "not JSON" in problem
+
+
+# --- querysets ---
+
+
+def test_querysets_find_what_needs_a_person(llm_request: LLMRequest, post_callback: Post) -> None:
+    post_callback(llm_request, attempt(1))
+    post_callback(llm_request, b"[]")
+    orphans = f"http://testserver/llm/callback/{'0' * 8}-0000-0000-0000-{'0' * 12}/"
+    post_callback(None, told(source_message_id="other"), url=orphans)
+    receipts: CallbackResponseQuerySet = CallbackResponse.objects.all()
+    assert [receipt.kind for receipt in receipts.quarantined()] == ["quarantined"]
+    assert [receipt.source_message_id for receipt in receipts.orphaned()] == ["other"]
+
+
+def test_receiving_takes_few_queries_however_much_is_there(
+    llm_request: LLMRequest, post_callback: Post, django_assert_max_num_queries: Any
+) -> None:
+    for number in range(20):
+        post_callback(llm_request, attempt(1, source_message_id=f"m{number}"))
+    with django_assert_max_num_queries(14):
+        post_callback(llm_request, told())

@@ -1,0 +1,698 @@
+from __future__ import annotations
+
+import json
+import threading
+import uuid
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import httpx
+import pytest
+from django.db import connection, connections, transaction
+from django.test import override_settings
+
+from django_qstash_llm.exceptions import ConfigurationError
+from django_qstash_llm.models import LLMRequest
+from django_qstash_llm.models.outbox import Outbox
+from django_qstash_llm.models.request import State
+from django_qstash_llm.qstash import Callback, Message
+from tests.conftest import ANSWER
+from tests.wire import FakeQStash, Wire
+
+pytestmark = pytest.mark.django_db
+
+NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
+MESSAGES = [{"role": "user", "content": "How many roads?"}]
+DONE = json.dumps(ANSWER).encode()
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = NOW
+
+    def __call__(self) -> datetime:
+        return self.now
+
+    def forward(self, **duration: float) -> None:
+        self.now += timedelta(**duration)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def outbox(clock: Clock, qstash: FakeQStash) -> Outbox:
+    return Outbox(clock=clock)
+
+
+def ask(count: int = 1, **asked: Any) -> list[LLMRequest]:
+    return [LLMRequest.objects.publish(MESSAGES, **asked) for _ in range(count)]
+
+
+def states() -> dict[str, int]:
+    rows = LLMRequest.objects.values_list("state", flat=True)
+    return {state: list(rows).count(state) for state in set(rows)}
+
+
+def answers(status: int, content: bytes | str = b"", **headers: str) -> Callable[..., Any]:
+    return lambda request: httpx.Response(status, content=content, headers=headers)
+
+
+def does_the_work_and_then(qstash: FakeQStash, answer: Callable[..., Any]) -> Callable[..., Any]:
+    """A QStash whose answer is lost or spoilt after it took the messages."""
+
+    def respond(request: httpx.Request) -> httpx.Response:
+        qstash.take(request, request.url.path.removeprefix("/qstash"))
+        return answer(request)
+
+    return respond
+
+
+def cut(request: httpx.Request) -> httpx.Response:
+    raise httpx.ReadError("connection reset", request=request)
+
+
+# --- the good path ---
+
+
+def test_one_row_is_published_by_itself(outbox: Outbox, qstash: FakeQStash) -> None:
+    [row] = ask()
+    assert outbox.submit() == 1
+    row.refresh_from_db()
+    assert qstash.calls == ["POST /v2/publish/https://provider.test/v1/chat/completions"]
+    assert (row.state, row.qstash_message_id, row.submitted_at) == ("submitted", "msg_1", NOW)
+    assert (row.claim_token, row.claimed_until) == (None, None)
+
+
+def test_one_row_with_a_queue_is_enqueued(outbox: Outbox, qstash: FakeQStash) -> None:
+    LLMRequest.objects.enqueue(MESSAGES, queue="slow")
+    outbox.submit()
+    assert qstash.calls == ["POST /v2/enqueue/slow/https://provider.test/v1/chat/completions"]
+
+
+def test_many_rows_leave_in_one_call_and_each_keeps_its_own_id(
+    outbox: Outbox, qstash: FakeQStash
+) -> None:
+    rows = ask(100)
+    assert outbox.submit() == 100
+    assert qstash.calls == ["POST /v2/batch"]
+    given = dict(LLMRequest.objects.values_list("uuid", "qstash_message_id"))
+    assert given == {row.uuid: qstash.ids[row.deduplication_id] for row in rows}
+
+
+def test_oldest_leave_first(outbox: Outbox, qstash: FakeQStash) -> None:
+    rows = ask(5)
+    outbox.submit()
+    sent = [Message.from_batch_item(item).deduplication_id for item in qstash.messages]
+    assert sent == [row.deduplication_id for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("setting", "calls"),
+    [
+        ({"BATCH_SIZE": 10}, 3),
+        ({"BATCH_SIZE": 1}, 25),
+        ({"BATCH_BYTES": 4000}, 13),
+        ({"BATCH_BYTES": 1}, 25),
+        ({}, 1),
+    ],
+)
+def test_chunks_are_limited_by_count_and_by_bytes(
+    outbox: Outbox, qstash: FakeQStash, settings: Any, setting: dict[str, int], calls: int
+) -> None:
+    settings.QSTASH_LLM = settings.QSTASH_LLM | setting
+    ask(25)
+    outbox.submit()
+    assert len(qstash.calls) == calls
+    assert states() == {"submitted": 25}
+
+
+def test_limit_is_kept(outbox: Outbox) -> None:
+    ask(7)
+    assert outbox.submit(limit=3) == 3
+    assert states() == {"submitted": 3, "pending": 4}
+
+
+def test_nothing_to_submit_makes_no_call(outbox: Outbox, qstash: FakeQStash) -> None:
+    assert outbox.submit() == 0
+    assert qstash.calls == []
+
+
+def test_submitted_rows_are_not_submitted_again(outbox: Outbox, qstash: FakeQStash) -> None:
+    ask(2)
+    outbox.submit()
+    assert outbox.submit() == 0
+    assert len(qstash.messages) == 2
+
+
+def test_number_of_queries_does_not_grow_with_the_rows(
+    outbox: Outbox, django_assert_max_num_queries: Any
+) -> None:
+    ask(300)
+    with django_assert_max_num_queries(30 if connection.vendor == "postgresql" else 330):
+        outbox.submit()
+
+
+@override_settings(QSTASH_TOKEN="")
+def test_missing_token_leaves_the_rows_pending_and_names_the_setting(clock: Clock) -> None:
+    LLMRequest.objects.create(messages=MESSAGES)
+    with pytest.raises(ConfigurationError, match="QSTASH_TOKEN"):
+        Outbox(clock=clock).submit()
+    assert states() == {"pending": 1}
+
+
+# --- rows that did not come through save() ---
+
+
+def test_bulk_created_rows_get_the_defaults_and_are_submitted(
+    outbox: Outbox, qstash: FakeQStash
+) -> None:
+    LLMRequest.objects.bulk_create([LLMRequest(messages=MESSAGES) for _ in range(3)])
+    assert outbox.submit() == 3
+    assert set(LLMRequest.objects.values_list("state", "provider", "model", "retries")) == {
+        ("submitted", "openai", "gpt-5.4-mini", 3)
+    }
+    assert {json.loads(item["body"])["model"] for item in qstash.messages} == {"gpt-5.4-mini"}
+
+
+def test_bulk_created_row_that_cannot_be_asked_fails_alone(outbox: Outbox) -> None:
+    good = LLMRequest(messages=MESSAGES)
+    bad = LLMRequest(messages=[])
+    LLMRequest.objects.bulk_create([good, bad])
+    outbox.submit()
+    good.refresh_from_db()
+    bad.refresh_from_db()
+    assert (good.state, bad.state, bad.error_code) == ("submitted", "failed", "cannot_submit")
+    assert "messages" in bad.error
+
+
+def test_row_whose_provider_was_removed_fails_alone_and_says_so(
+    outbox: Outbox, settings: Any
+) -> None:
+    ask(2)
+    gone = LLMRequest.objects.publish(MESSAGES, provider="anthropic")
+    providers = {"openai": settings.QSTASH_LLM["PROVIDERS"]["openai"]}
+    settings.QSTASH_LLM = settings.QSTASH_LLM | {"PROVIDERS": providers}
+    outbox.submit()
+    gone.refresh_from_db()
+    assert states() == {"submitted": 2, "failed": 1}
+    assert (gone.error_code, gone.claim_token) == ("cannot_submit", None)
+    assert "anthropic" in gone.error
+
+
+# --- answers that are no good ---
+
+
+def test_partly_refused_batch_submits_the_others_and_fails_those_with_the_reason(
+    outbox: Outbox, qstash: FakeQStash
+) -> None:
+    rows = ask(100)
+    for row in rows[::15]:
+        qstash.refuse[row.deduplication_id] = "maximum retries exceeded"
+    outbox.submit()
+    assert states() == {"submitted": 93, "failed": 7}
+    failed = LLMRequest.objects.failed()
+    assert set(failed.values_list("pk", flat=True)) == {row.pk for row in rows[::15]}
+    assert set(failed.values_list("error_code", "error", "claim_token")) == {
+        ("qstash_refused", "maximum retries exceeded", None)
+    }
+    assert LLMRequest.objects.exclude(claim_token=None).count() == 0
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        answers(200, b'[{"messageId": "msg_1"}]'),
+        answers(200, json.dumps([{"messageId": f"m{i}"} for i in range(4)])),
+        answers(200, b"[]"),
+        answers(200, b"{}"),
+        answers(200, b"null"),
+        answers(200, b'"OK"'),
+        answers(200, b""),
+        answers(200, b'[{"messageId": "msg'),
+        answers(200, b"<html>Bad gateway</html>"),
+        answers(200, b"[[],[],[]]"),
+        answers(500, b"boom"),
+        answers(502, b"<html>"),
+        answers(504),
+        cut,
+    ],
+    ids=lambda answer: "cut" if answer is cut else None,
+)
+def test_unknown_outcome_of_a_batch_is_settled_by_the_same_deduplication_id(
+    outbox: Outbox, qstash: FakeQStash, clock: Clock, answer: Callable[..., Any]
+) -> None:
+    rows = ask(3)
+    qstash.answer = does_the_work_and_then(qstash, answer)
+    outbox.submit()
+    assert states() == {"pending": 3}
+    assert set(LLMRequest.objects.values_list("submission_number", "claim_token")) == {(1, None)}
+
+    qstash.answer = None
+    assert outbox.submit() == 0  # not at once
+    clock.forward(minutes=1)
+    assert outbox.submit() == 3
+    assert states() == {"submitted": 3}
+    assert len(qstash.messages) == 3  # nothing doubled
+    given = dict(LLMRequest.objects.values_list("uuid", "qstash_message_id"))
+    assert given == {row.uuid: qstash.ids[row.deduplication_id] for row in rows}
+
+
+@pytest.mark.parametrize("answer", [answers(500), answers(200, b"{}"), answers(200, b"[]"), cut])
+def test_unknown_outcome_of_a_single_publish_is_settled_the_same_way(
+    outbox: Outbox, qstash: FakeQStash, clock: Clock, answer: Callable[..., Any]
+) -> None:
+    [row] = ask()
+    qstash.answer = does_the_work_and_then(qstash, answer)
+    outbox.submit()
+    row.refresh_from_db()
+    assert (row.state, row.submission_number, row.first_tried_at) == ("pending", 1, NOW)
+    assert row.error
+
+    qstash.answer = None
+    clock.forward(minutes=1)
+    outbox.submit()
+    row.refresh_from_db()
+    assert (row.state, row.qstash_message_id, row.error) == ("submitted", "msg_1", "")
+    assert len(qstash.messages) == 1
+
+
+def test_refused_connection_is_tried_later_and_opens_no_deduplication_window(
+    wire: Wire, clock: Clock
+) -> None:
+    def refuse(request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("refused", request=request)
+
+    wire.hosts["testserver"] = refuse
+    [row] = ask()
+    Outbox(clock=clock).submit()
+    row.refresh_from_db()
+    assert (row.state, row.first_tried_at, row.submission_tries) == ("pending", None, 1)
+    assert NOW < row.submit_after <= NOW + timedelta(seconds=5)
+    assert "ConnectError" in row.error
+
+
+def test_pauses_grow_and_stay_within_minutes(
+    outbox: Outbox, qstash: FakeQStash, clock: Clock
+) -> None:
+    [row] = ask()
+    qstash.answer = answers(500)
+    pauses = []
+    for _ in range(12):
+        outbox.submit()
+        row.refresh_from_db()
+        pauses.append((row.submit_after - clock.now).total_seconds())
+        clock.now = row.submit_after
+    assert row.submission_tries == 12
+    assert 2 <= pauses[0] <= 2.4
+    assert pauses[3] > pauses[0]
+    assert max(pauses) <= 360
+
+
+@pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.parametrize("count", [1, 3])
+def test_refused_token_fails_no_request(
+    outbox: Outbox, qstash: FakeQStash, status: int, count: int
+) -> None:
+    ask(count)
+    qstash.answer = answers(status, b'{"error":"invalid token"}')
+    outbox.submit()
+    assert states() == {"pending": count}
+    assert len(qstash.calls) == 1  # and is not tried one by one
+    assert set(LLMRequest.objects.values_list("first_tried_at", flat=True)) == {None}
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_daily_limit_waits_for_its_reset(
+    outbox: Outbox, qstash: FakeQStash, clock: Clock, count: int
+) -> None:
+    ask(count)
+    reset = NOW + timedelta(hours=7)
+    headers = {"RateLimit-Limit": "1000", "RateLimit-Reset": str(int(reset.timestamp()))}
+    qstash.answer = answers(429, b"{}", **headers)
+    outbox.submit()
+    assert states() == {"pending": count}
+    assert set(LLMRequest.objects.values_list("submit_after", flat=True)) == {reset}
+
+    qstash.answer = None
+    clock.forward(hours=6, minutes=59)
+    assert outbox.submit() == 0
+    clock.forward(minutes=1)
+    assert outbox.submit() == count
+    assert states() == {"submitted": count}
+
+
+@pytest.mark.parametrize("reset", ["0", "-5", "soon", "99999999999999", "9" * 25])
+def test_absurd_reset_neither_storms_nor_freezes(
+    outbox: Outbox, qstash: FakeQStash, reset: str
+) -> None:
+    [row] = ask()
+    qstash.answer = answers(429, b"{}", **{"RateLimit-Limit": "1", "RateLimit-Reset": reset})
+    outbox.submit()
+    row.refresh_from_db()
+    assert NOW + timedelta(seconds=1) <= row.submit_after <= NOW + timedelta(days=1)
+
+
+def test_call_refused_as_a_whole_is_repeated_one_by_one(outbox: Outbox, qstash: FakeQStash) -> None:
+    rows = ask(4)
+
+    def refuse_batches(request: httpx.Request) -> httpx.Response:
+        if request.url.path.endswith("/v2/batch"):
+            return httpx.Response(400, json={"error": "one of them is bad"})
+        return qstash.take(request, request.url.path.removeprefix("/qstash"))
+
+    qstash.answer = refuse_batches
+    qstash.refuse[rows[2].deduplication_id] = "invalid destination"
+    outbox.submit()
+    assert states() == {"submitted": 3, "failed": 1}
+    culprit = LLMRequest.objects.get(pk=rows[2].pk)
+    assert culprit.error_code == "qstash_400"
+    assert "invalid destination" in culprit.error
+
+
+def test_ceiling_of_the_plan_fails_the_request_with_qstashs_words(
+    outbox: Outbox, qstash: FakeQStash
+) -> None:
+    [row] = ask()
+    qstash.answer = answers(412, b'{"error":"quota exceeded: maxRetries"}')
+    outbox.submit()
+    row.refresh_from_db()
+    assert (row.state, row.error_code) == ("failed", "qstash_412")
+    assert "maxRetries" in row.error
+
+
+def test_message_id_longer_than_the_column_is_cut(outbox: Outbox, qstash: FakeQStash) -> None:
+    [row] = ask()
+    qstash.answer = answers(200, json.dumps({"messageId": "m" * 300}))
+    outbox.submit()
+    row.refresh_from_db()
+    assert (row.state, len(row.qstash_message_id)) == ("submitted", 255)
+
+
+# --- claims ---
+
+
+def test_claimed_row_is_nobody_elses_until_the_claim_expires(outbox: Outbox, clock: Clock) -> None:
+    ask(2)
+    first = outbox.claim(10)
+    assert len(first) == 2
+    assert outbox.claim(10) == []
+    clock.forward(seconds=299)
+    assert outbox.claim(10) == []
+    clock.forward(seconds=2)
+    second = outbox.claim(10)
+    assert [row.pk for row in second] == [row.pk for row in first]
+    assert {row.submission_tries for row in second} == {2}
+    assert {row.first_tried_at for row in second} == {NOW}
+    assert first[0].claim_token != second[0].claim_token
+
+
+def test_late_acceptance_of_an_old_claimant_changes_nothing(
+    outbox: Outbox, qstash: FakeQStash, clock: Clock
+) -> None:
+    [row] = ask()
+    [submission] = outbox.compose(outbox.claim(1))
+    clock.forward(minutes=6)
+    successor = Outbox(clock=clock)
+    successor.submit()
+    row.refresh_from_db()
+    before = LLMRequest.objects.values().get()
+    outbox.hand_in([submission])
+    assert LLMRequest.objects.values().get() == before
+    assert len(qstash.messages) == 1
+
+
+@pytest.mark.parametrize("answer", [answers(400, b"no"), answers(500), answers(401), cut])
+def test_late_failure_of_an_old_claimant_changes_nothing(
+    outbox: Outbox, qstash: FakeQStash, clock: Clock, answer: Callable[..., Any]
+) -> None:
+    ask()
+    [submission] = outbox.compose(outbox.claim(1))
+    clock.forward(minutes=6)
+    Outbox(clock=clock).submit()
+    before = LLMRequest.objects.values().get()
+    assert before["state"] == "submitted"
+    qstash.answer = answer
+    outbox.hand_in([submission])
+    assert LLMRequest.objects.values().get() == before
+
+
+def test_late_failure_of_an_old_claimant_leaves_the_new_claim_alone(
+    outbox: Outbox, qstash: FakeQStash, clock: Clock
+) -> None:
+    ask()
+    [submission] = outbox.compose(outbox.claim(1))
+    clock.forward(minutes=6)
+    outbox.claim(1)
+    before = LLMRequest.objects.values().get()
+    qstash.answer = answers(400, b"no")
+    outbox.hand_in([submission])
+    assert LLMRequest.objects.values().get() == before
+
+
+# --- the deduplication window ---
+
+
+def stale_row(outbox: Outbox, qstash: FakeQStash, clock: Clock) -> LLMRequest:
+    """Tried once with an unknown outcome, longer ago than QStash remembers."""
+    [row] = ask()
+    qstash.answer = answers(500)
+    outbox.submit()
+    qstash.answer = None
+    clock.forward(minutes=9)
+    return row
+
+
+def test_stale_row_that_the_logs_know_is_not_sent_again(
+    outbox: Outbox, qstash: FakeQStash, clock: Clock
+) -> None:
+    row = stale_row(outbox, qstash, clock)
+    known = {"time": 1, "messageId": "msg_known", "state": "ACTIVE", "url": ""}
+    qstash.logs.append(known | {"labels": [f"llm-request-{row.uuid}"]})
+    outbox.submit()
+    row.refresh_from_db()
+    assert (row.state, row.qstash_message_id) == ("submitted", "msg_known")
+    assert (row.submission_number, qstash.messages) == (1, [])
+
+
+def test_stale_row_that_the_logs_do_not_know_is_a_new_submission(
+    outbox: Outbox, qstash: FakeQStash, clock: Clock
+) -> None:
+    row = stale_row(outbox, qstash, clock)
+    outbox.submit()
+    row.refresh_from_db()
+    assert (row.state, row.submission_number, row.first_tried_at) == ("submitted", 2, clock.now)
+    assert list(qstash.ids) == [f"{row.uuid}-2"]
+
+
+def test_stale_row_waits_while_the_logs_cannot_be_asked(
+    outbox: Outbox, qstash: FakeQStash, clock: Clock
+) -> None:
+    row = stale_row(outbox, qstash, clock)
+    qstash.answer = answers(500)
+    outbox.submit()
+    row.refresh_from_db()
+    assert (row.state, row.submission_number, row.first_tried_at) == ("pending", 1, NOW)
+    assert [call.split()[0] for call in qstash.calls] == ["POST", "GET"]
+
+
+def test_row_that_never_left_is_not_looked_up(
+    outbox: Outbox, qstash: FakeQStash, clock: Clock
+) -> None:
+    ask()
+    qstash.answer = answers(401)
+    outbox.submit()
+    qstash.answer = None
+    clock.forward(hours=1)
+    outbox.submit()
+    assert [call.split()[0] for call in qstash.calls] == ["POST", "POST"]
+    assert states() == {"submitted": 1}
+
+
+# --- a callback that is faster than the answer ---
+
+
+def test_callback_before_the_publish_answer_is_applied_and_only_the_id_is_added(
+    outbox: Outbox, qstash: FakeQStash, post_callback: Callable[..., Any]
+) -> None:
+    [row] = ask()
+
+    def call_back_first(request: httpx.Request) -> httpx.Response:
+        post_callback(row, Callback(status=200, body=DONE, source_message_id="msg_1"))
+        return qstash.take(request, request.url.path.removeprefix("/qstash"))
+
+    qstash.answer = call_back_first
+    outbox.submit()
+    row.refresh_from_db()
+    assert (row.state, row.completion, row.qstash_message_id) == (
+        "completed",
+        "Forty-two.",
+        "msg_1",
+    )
+    assert row.claim_token is None
+
+
+@pytest.mark.parametrize("answer", [answers(500), answers(400), answers(401), cut])
+def test_spoilt_publish_answer_after_the_callback_leaves_the_completion_alone(
+    outbox: Outbox,
+    qstash: FakeQStash,
+    post_callback: Callable[..., Any],
+    answer: Callable[..., Any],
+) -> None:
+    [row] = ask()
+
+    def call_back_first(request: httpx.Request) -> httpx.Response:
+        post_callback(row, Callback(status=200, body=DONE, source_message_id="msg_1"))
+        return answer(request)
+
+    qstash.answer = call_back_first
+    outbox.submit()
+    row.refresh_from_db()
+    assert (row.state, row.completion, row.error) == ("completed", "Forty-two.", "")
+    assert (row.submit_after, row.claim_token) == (None, None)
+
+
+def test_attempt_told_before_a_refusal_proves_that_qstash_has_it(
+    outbox: Outbox, qstash: FakeQStash, post_callback: Callable[..., Any]
+) -> None:
+    [row] = ask()
+
+    def call_back_first(request: httpx.Request) -> httpx.Response:
+        post_callback(row, Callback(status=500, max_retries=3, source_message_id="msg_1"))
+        return httpx.Response(400, json={"error": "no"})
+
+    qstash.answer = call_back_first
+    outbox.submit()
+    row.refresh_from_db()
+    assert (row.state, row.qstash_message_id, row.attempts) == ("submitted", "msg_1", 1)
+
+
+# --- cancelling ---
+
+
+def test_cancelled_while_pending_never_leaves(outbox: Outbox, qstash: FakeQStash) -> None:
+    [row] = ask()
+    row.cancel()
+    assert outbox.submit() == 0
+    assert (states(), qstash.calls) == ({"cancelled": 1}, [])
+
+
+def test_cancelled_while_in_flight_is_cancelled_at_qstash_too(
+    outbox: Outbox, qstash: FakeQStash
+) -> None:
+    rows = ask(3)
+
+    def cancel_meanwhile(request: httpx.Request) -> httpx.Response:
+        if request.method == "POST":
+            LLMRequest.objects.get(pk=rows[1].pk).cancel(now=NOW)
+        return qstash.take(request, request.url.path.removeprefix("/qstash"))
+
+    qstash.answer = cancel_meanwhile
+    outbox.submit()
+    assert states() == {"submitted": 2, "cancelled": 1}
+    assert qstash.cancelled == ["msg_2"]
+
+
+@pytest.mark.parametrize("answer", [answers(500), answers(404), cut])
+def test_cancelled_stays_cancelled_though_qstash_cannot_be_told(
+    outbox: Outbox, qstash: FakeQStash, answer: Callable[..., Any]
+) -> None:
+    [row] = ask()
+
+    def cancel_meanwhile(request: httpx.Request) -> httpx.Response:
+        if request.method == "DELETE":
+            return answer(request)
+        LLMRequest.objects.get(pk=row.pk).cancel(now=NOW)
+        return qstash.take(request, request.url.path.removeprefix("/qstash"))
+
+    qstash.answer = cancel_meanwhile
+    outbox.submit()
+    row.refresh_from_db()
+    assert (row.state, row.qstash_message_id) == ("cancelled", "msg_1")
+
+
+def test_cancelled_in_flight_with_a_lost_answer_stays_cancelled(
+    outbox: Outbox, qstash: FakeQStash, clock: Clock
+) -> None:
+    [row] = ask()
+
+    def cancel_and_cut(request: httpx.Request) -> httpx.Response:
+        LLMRequest.objects.filter(pk=row.pk, state=State.PENDING).update(state=State.CANCELLED)
+        return cut(request)
+
+    qstash.answer = cancel_and_cut
+    outbox.submit()
+    clock.forward(hours=1)
+    assert outbox.submit() == 0
+    row.refresh_from_db()
+    assert (row.state, row.claim_token, row.error) == ("cancelled", None, "")
+
+
+# --- many workers ---
+
+
+@pytest.mark.django_db(transaction=True)
+def test_racing_outboxes_hand_in_each_row_once(qstash: FakeQStash) -> None:
+    count = 2000
+    LLMRequest.objects.bulk_create(
+        [
+            LLMRequest(messages=MESSAGES, provider="openai", model="m", retries=1)
+            for _ in range(count)
+        ]
+    )
+    lock, handed_in = threading.Lock(), []
+
+    def take_one_call_at_a_time(request: httpx.Request) -> httpx.Response:
+        with lock:
+            handed_in.extend(json.loads(request.content))
+            return qstash.take(request, request.url.path.removeprefix("/qstash"))
+
+    qstash.answer = take_one_call_at_a_time
+    start = threading.Barrier(4)
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            start.wait()
+            while Outbox().submit(limit=500):
+                pass
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            connections.close_all()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert len(handed_in) == count
+    assert len(qstash.messages) == count
+    assert states() == {"submitted": count}
+
+
+@pytest.mark.django_db(transaction=True)
+def test_ten_thousand_rows_of_one_transaction_leave_in_few_calls(qstash: FakeQStash) -> None:
+    with transaction.atomic():
+        for _ in range(20):
+            LLMRequest.objects.bulk_create(
+                [
+                    LLMRequest(messages=MESSAGES, provider="openai", model="m", retries=1)
+                    for _ in range(499)
+                ]
+            )
+            LLMRequest.objects.publish(MESSAGES)
+    assert states() == {"submitted": 10_000}
+    assert len(qstash.calls) <= 200
+    assert len(qstash.ids) == 10_000
+
+
+def test_claims_of_one_outbox_carry_different_tokens(outbox: Outbox) -> None:
+    ask(2)
+    tokens = {row.claim_token for row in [*outbox.claim(1), *outbox.claim(1)]}
+    assert len(tokens) == 2
+    assert all(isinstance(token, uuid.UUID) for token in tokens)

@@ -1,0 +1,992 @@
+"""The admin, through the test client: real rows, real pages, and an HTML parser as the reader."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import re
+from collections.abc import Callable
+from datetime import timedelta
+from decimal import Decimal
+from html.parser import HTMLParser
+from typing import Any
+
+import httpx
+import pytest
+from django.contrib.admin.models import LogEntry
+from django.contrib.auth.models import Permission, User
+from django.contrib.contenttypes.models import ContentType
+from django.db import connection
+from django.test import Client
+from django.test.utils import CaptureQueriesContext
+from django.urls import reverse
+from django.utils import timezone
+
+from django_qstash_llm.admin import text
+from django_qstash_llm.conf import app_settings
+from django_qstash_llm.models import Batch, CallbackResponse, Conversation, LLMRequest
+from django_qstash_llm.models.callback import Kind
+from django_qstash_llm.models.request import State, Via
+from testproject.articles.models import Article
+
+from .wire import FakeQStash
+
+pytestmark = pytest.mark.django_db
+
+HAS_MARKDOWN = bool(importlib.util.find_spec("markdown_it") and importlib.util.find_spec("nh3"))
+REQUESTS = "admin:django_qstash_llm_llmrequest_changelist"
+REQUEST = "admin:django_qstash_llm_llmrequest_change"
+BATCHES = "admin:django_qstash_llm_batch_changelist"
+BATCH = "admin:django_qstash_llm_batch_change"
+RECEIPTS = "admin:django_qstash_llm_callbackresponse_changelist"
+RECEIPT = "admin:django_qstash_llm_callbackresponse_change"
+CONVERSATIONS = "admin:django_qstash_llm_conversation_changelist"
+CONVERSATION = "admin:django_qstash_llm_conversation_change"
+
+XSS = (
+    "<script>xss()</script>",
+    "<img src=x onerror=xss()>",
+    "'\"><svg onload=xss()><circle></svg>",
+    "</pre></title></textarea></script><script>xss()</script>",
+    "<iframe src='https://evil.test/'></iframe><style>*{display:none}</style>",
+    "<a href='javascript:xss()' onclick='xss()' style='x:y'>a</a>",
+    "[a](javascript:xss()) [b](data:text/html;base64,eHNzKCk=) [c](vbscript:xss()) [d](//evil.test)",
+    "![pixel](https://evil.test/pixel.png)",
+    "<javascript:xss()> <https://x.test/onmouseover=xss()>",
+    "`</code><script>xss()</script>` {{ 7|add:7 }} {% now 'Y' %} %s %(x)d {0} {x.y}",
+    "```html\n</code></pre><img src=x onerror=xss()>\n```",
+    "[a](https://x.test/\"onmouseover='xss()')",
+)
+
+
+class Page(HTMLParser):
+    """What a browser would make of it: text, and each element with its attributes."""
+
+    def __init__(self, response: Any) -> None:
+        super().__init__()
+        assert response.status_code == 200
+        self.html: str = response.content.decode()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.inline_code: list[str] = []
+        self._inside = ""
+        self.feed(self.html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self._inside = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+        if self._inside in {"script", "style"} and data.strip():
+            self.inline_code.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.texts))
+
+    def values(self, tag: str, name: str) -> list[str]:
+        return [attrs[name] or "" for each, attrs in self.elements if each == tag and name in attrs]
+
+    def buttons(self) -> list[str]:
+        return [
+            attrs["value"] or ""
+            for tag, attrs in self.elements
+            if tag == "input" and attrs.get("name") == "action"
+        ]
+
+    def menu(self) -> list[str]:
+        return [value for value in self.values("option", "value") if value]
+
+
+def assert_inert(page: Page) -> None:
+    assert page.inline_code == []
+    tags = {tag for tag, _ in page.elements}
+    assert not tags & {"iframe", "object", "embed", "circle", "style", "base"}
+    assert [src for src in page.values("img", "src") if not src.startswith("/static/admin/")] == []
+    for _tag, attrs in page.elements:
+        assert not [name for name in attrs if name.startswith("on") or name == "style"]
+        for name in ("href", "src", "action", "formaction", "xlink:href"):
+            where = (attrs.get(name) or "").strip().lower()
+            assert not where.startswith(("javascript:", "data:", "vbscript:"))
+        assert "evil.test" not in (attrs.get("src") or "")
+
+
+def completed(**fields: Any) -> LLMRequest:
+    now = timezone.now()
+    return LLMRequest.objects.create(
+        **{
+            "state": State.COMPLETED,
+            "provider": "openai",
+            "model": "gpt-5.4-mini",
+            "messages": [{"role": "user", "content": "What is it?"}],
+            "completion": "Forty-two.",
+            "attempts": 1,
+            "last_status": 200,
+            "input_tokens": 1234,
+            "output_tokens": 5,
+            "cost": Decimal("0.000123"),
+            "created_at": now - timedelta(seconds=90),
+            "submitted_at": now - timedelta(seconds=89),
+            "finished_at": now - timedelta(seconds=48),
+            "announced_at": now,
+            **fields,
+        }
+    )
+
+
+def failed(**fields: Any) -> LLMRequest:
+    return completed(
+        **{
+            "state": State.FAILED,
+            "completion": "",
+            "cost": None,
+            "input_tokens": None,
+            "output_tokens": None,
+            "last_status": 500,
+            "error_code": "server_error",
+            "error": "The server had an error (after 4 attempts)",
+            **fields,
+        }
+    )
+
+
+def pending(**fields: Any) -> LLMRequest:
+    fields.setdefault("messages", [{"role": "user", "content": "What is it?"}])
+    return LLMRequest.objects.create(**fields)
+
+
+def submitted(**fields: Any) -> LLMRequest:
+    return pending(
+        **{
+            "state": State.SUBMITTED,
+            "provider": "openai",
+            "model": "gpt-5.4-mini",
+            "qstash_message_id": "msg_7",
+            "submitted_at": timezone.now(),
+            **fields,
+        }
+    )
+
+
+def receipt_of(llm_request: LLMRequest | None, **fields: Any) -> CallbackResponse:
+    if llm_request is not None:
+        fields.setdefault("uuid", llm_request.uuid)
+    return CallbackResponse.objects.create(
+        llm_request=llm_request,
+        **{
+            "kind": Kind.CALLBACK,
+            "source_message_id": "msg_7",
+            "retried": 0,
+            "max_retries": 3,
+            "status": 200,
+            "body": b'{"choices": []}',
+            **fields,
+        },
+    )
+
+
+def page_of(client: Client, name: str, obj: Any = None) -> Page:
+    return Page(client.get(reverse(name, args=[obj.pk] if obj else [])))
+
+
+def act(client: Client, name: str, action: str, *rows: Any, **data: Any) -> Any:
+    keys = [row.pk for row in rows]
+    return client.post(reverse(name), {"action": action, "_selected_action": keys, **data})
+
+
+def messages_of(response: Any) -> list[str]:
+    return [str(message) for message in response.wsgi_request._messages]
+
+
+@pytest.fixture
+def staff_client() -> Callable[..., Client]:
+    """A client of a staff user with these permissions and no others."""
+
+    def make(*codenames: str) -> Client:
+        user = User.objects.create_user("staff", password="secret", is_staff=True)
+        user.user_permissions.set(Permission.objects.filter(codename__in=codenames))
+        client = Client()
+        client.force_login(user)
+        return client
+
+    return make
+
+
+# --- the list ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", State)
+def test_the_list_names_each_state_by_word_and_sign(admin_client: Client, state: State) -> None:
+    pending(model="m", provider="openai", state=state)
+    page = page_of(admin_client, REQUESTS)
+    assert ("span", {"class": f"llm-state llm-state-{state}"}) in page.elements
+    assert re.search(rf"[○◐✓✕⊘] +{state.label}", page.text)
+
+
+def test_the_list_never_shows_an_unknown_cost_as_nothing(admin_client: Client) -> None:
+    completed(cost=None)
+    failed()
+    page = page_of(admin_client, REQUESTS)
+    assert "unpriced" in page.text
+    assert "$" not in page.text
+
+
+def test_a_cost_of_nothing_is_a_cost(admin_client: Client) -> None:
+    completed(cost=Decimal(0))
+    page = page_of(admin_client, REQUESTS)
+    assert "$0.00" in page.text
+    assert ("span", {"class": "llm-unpriced"}) not in page.elements
+
+
+def test_the_list_shows_tokens_cost_and_duration(admin_client: Client) -> None:
+    completed()
+    shown = page_of(admin_client, REQUESTS).text
+    for figure in ("1,234 → 5", "$0.000123", "42 s", "gpt-5.4-mini", "openai", "publish"):
+        assert figure in shown
+
+
+def test_the_list_shows_what_a_request_is_about(admin_client: Client) -> None:
+    article = Article.objects.create(title="On tides", body="…", summary="There is one.")
+    completed(about=article)
+    assert "On tides" in page_of(admin_client, REQUESTS).text
+
+
+def test_what_a_request_is_about_is_linked_to_its_page(admin_client: Client) -> None:
+    user = User.objects.create_user("ada")
+    completed(about=user)
+    page = page_of(admin_client, REQUESTS)
+    assert reverse("admin:auth_user_change", args=[user.pk]) in page.values("a", "href")
+    assert "ada" in page.text
+
+
+def test_what_the_user_may_not_view_is_not_named(staff_client: Callable[..., Client]) -> None:
+    secret = User.objects.create_user("countess")
+    completed(about=secret)
+    page = page_of(staff_client("view_llmrequest"), REQUESTS)
+    assert "countess" not in page.html
+    assert f"user {secret.pk}" in page.text
+
+
+def test_what_has_been_deleted_is_named_by_its_key(admin_client: Client) -> None:
+    article = Article.objects.create(title="On tides", body="…", summary="There is one.")
+    completed(about=article)
+    key = article.pk
+    article.delete()
+    assert f"article {key} (deleted)" in page_of(admin_client, REQUESTS).text
+
+
+def test_about_survives_a_missing_app_and_a_key_of_another_type(admin_client: Client) -> None:
+    gone = ContentType.objects.create(app_label="gone", model="thing")
+    completed(content_type=gone, object_id="5")
+    articles = ContentType.objects.get_for_model(Article)
+    odd = completed(content_type=articles, object_id="not-a-number")
+    assert "not-a-number (deleted)" in page_of(admin_client, REQUESTS).text
+    page_of(admin_client, REQUEST, odd)
+
+
+def fill(number: int) -> None:
+    """Rows of every sort, about two models, in batches and conversations, with attempts."""
+    for index in range(number):
+        article = Article.objects.create(title=f"On {index}", body="…", summary="There is one.")
+        user = User.objects.create_user(f"user{LLMRequest.objects.count()}")
+        batch = Batch.objects.create(name=f"nightly {index}", user=user)
+        conversation = Conversation.objects.create(title=f"About {index}", user=user)
+        completed(about=article, batch=batch, conversation=conversation, user=user)
+        failed(about=user, batch=batch, cost=None)
+        row = submitted(about=article, batch=batch, conversation=conversation)
+        receipt_of(row, source_message_id=f"msg_{row.pk}")
+
+
+@pytest.mark.parametrize("name", [REQUESTS, BATCHES, RECEIPTS, CONVERSATIONS])
+def test_a_list_takes_as_many_queries_for_many_rows_as_for_few(
+    admin_client: Client, name: str
+) -> None:
+    fill(2)
+    page_of(admin_client, name)  # content types are looked up once per process
+    with CaptureQueriesContext(
+        connection,
+    ) as few:
+        page_of(admin_client, name)
+    fill(10)
+    with CaptureQueriesContext(connection) as many:
+        page_of(admin_client, name)
+    assert len(many) == len(few)
+
+
+def test_a_page_takes_as_many_queries_for_many_attempts_as_for_few(admin_client: Client) -> None:
+    row = failed()
+    receipt_of(row)
+    page_of(admin_client, REQUEST, row)
+    with CaptureQueriesContext(connection) as few:
+        page_of(admin_client, REQUEST, row)
+    for retried in range(1, 15):
+        receipt_of(row, retried=retried, status=500)
+        failed(resubmission_of=row)
+    with CaptureQueriesContext(connection) as many:
+        page_of(admin_client, REQUEST, row)
+    assert len(many) == len(few)
+
+
+def test_the_list_reads_no_prompts_and_counts_once(admin_client: Client) -> None:
+    completed()
+    with CaptureQueriesContext(connection) as queries:
+        page_of(admin_client, REQUESTS)
+    ours = [q["sql"] for q in queries if "django_qstash_llm_llmrequest" in q["sql"]]
+    assert len([sql for sql in ours if "COUNT(" in sql]) == 1
+    assert not [sql for sql in ours if '"messages"' in sql or '"completion"' in sql]
+    assert not [sql for sql in ours if "DISTINCT" in sql]
+
+
+@pytest.mark.parametrize(
+    ("query", "matching"),
+    [
+        ("state__exact=failed", "failed"),
+        ("via__exact=enqueue", "queued"),
+        ("provider=anthropic", "claude"),
+        ("attention=error", "failed"),
+        ("attention=unpriced", "unpriced"),
+        ("attention=dead_letter", "dead"),
+        ("attention=unannounced", "waiting"),
+        ("attention=handler_failed", "trying"),
+        ("attention=given_up", "given_up"),
+    ],
+)
+def test_filters_find(admin_client: Client, query: str, matching: str) -> None:
+    rows = {
+        "plain": completed(),
+        "failed": failed(),
+        "queued": completed(via=Via.ENQUEUE, queue="summaries"),
+        "claude": completed(provider="anthropic"),
+        "unpriced": completed(cost=None),
+        "dead": completed(dead_letter_id="dlq-1"),
+        "waiting": completed(announced_at=None),
+        "trying": completed(announced_at=None, announce_tries=1, announce_error="ValueError: x"),
+        "given_up": completed(announced_at=None, announce_tries=5, announce_error="ValueError: x"),
+    }
+    wider = {"waiting": {"waiting", "trying", "given_up"}, "trying": {"trying", "given_up"}}
+    wanted = {rows[name].pk for name in wider.get(matching, {matching})}
+    response = admin_client.get(f"{reverse(REQUESTS)}?{query}")
+    assert {row.pk for row in response.context["cl"].result_list} == wanted
+
+
+def test_providers_to_filter_by_come_from_the_settings(admin_client: Client) -> None:
+    hrefs = page_of(admin_client, REQUESTS).values("a", "href")
+    assert {"?provider=openai", "?provider=anthropic", "?provider=upstash"} <= set(hrefs)
+
+
+@pytest.mark.parametrize(
+    "term",
+    ["{uuid}", "{hex}", "{hex:.8}", "msg_77", "acme corp", "{object_id}"],
+)
+def test_search_finds_by_what_a_person_holds(admin_client: Client, term: str) -> None:
+    article = Article.objects.create(pk=918_273, title="t", body="b", summary="s")
+    wanted = completed(about=article, qstash_message_id="msg_77", tenant="acme corp")
+    for _ in range(3):
+        completed()
+    term = term.format(uuid=wanted.uuid, hex=wanted.uuid.hex, object_id=wanted.object_id)
+    response = admin_client.get(reverse(REQUESTS), {"q": term})
+    assert [row.pk for row in response.context["cl"].result_list] == [wanted.pk]
+
+
+@pytest.mark.parametrize("term", ["Forty", "%", "' OR 1=1", "f" * 500, "f-f"])
+def test_search_reads_through_no_texts_and_survives_anything(
+    admin_client: Client, term: str
+) -> None:
+    completed()
+    response = admin_client.get(reverse(REQUESTS), {"q": term})
+    assert response.status_code == 200
+    assert list(response.context["cl"].result_list) == []
+
+
+# --- one request's page -----------------------------------------------------------------------
+
+
+def test_a_pending_request_says_why_it_waits(admin_client: Client) -> None:
+    row = pending(
+        submit_after=timezone.now() + timedelta(minutes=3),
+        submission_tries=4,
+        error="QStash answered 503: down",
+    )
+    shown = page_of(admin_client, REQUEST, row).text
+    for words in (
+        "Waiting to be handed to QStash",
+        "Next try in 2 min",
+        "Tried 4 times",
+        "503: down",
+    ):
+        assert words in shown
+
+
+def test_a_pending_request_that_nobody_took_asks_for_a_worker(admin_client: Client) -> None:
+    assert "Is one running?" in page_of(admin_client, REQUEST, pending()).text
+
+
+def test_a_submitted_request_says_how_its_last_attempt_ended(admin_client: Client) -> None:
+    row = submitted(attempts=2, last_status=-1, retries=3)
+    shown = page_of(admin_client, REQUEST, row).text
+    assert "Attempt 2 of 4 ended with no response; QStash goes on." in shown
+
+
+def test_a_failed_request_says_why(admin_client: Client) -> None:
+    row = failed(dead_letter_id="dlq-1")
+    shown = page_of(admin_client, REQUEST, row).text
+    for words in ("server_error", "The server had an error", "dead letters as dlq-1"):
+        assert words in shown
+
+
+def test_a_completed_request_shows_its_messages_answer_usage_and_cost(admin_client: Client) -> None:
+    row = completed(
+        messages=[
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": [{"type": "text", "text": "What is it?"}]},
+        ],
+        cost=Decimal("0.000123456789"),
+        cost_source="genai-prices",
+        cached_tokens=1000,
+        finish_reason="length",
+    )
+    shown = page_of(admin_client, REQUEST, row).text
+    for words in (
+        "Be brief.",
+        "What is it?",
+        "Forty-two.",
+        "1,234",
+        "1,000",
+        "$0.000123456789",
+        "from genai-prices",
+        "ran into its token limit",
+    ):
+        assert words in shown
+
+
+def test_tool_calls_are_shown_with_their_arguments(admin_client: Client) -> None:
+    function = {"name": "weather", "arguments": '{"city": "Oslo"}'}
+    call = {"id": "call_1", "type": "function", "function": function}
+    row = completed(completion="", tool_calls=[call, {"odd": 1}, "odder"])
+    shown = page_of(admin_client, REQUEST, row).text
+    assert "calls weather" in shown
+    assert '"city": "Oslo"' in shown
+
+
+def test_an_image_in_a_prompt_is_named_and_not_loaded(admin_client: Client) -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 5000}}
+    row = completed(messages=[{"role": "user", "content": [image]}])
+    page = page_of(admin_client, REQUEST, row)
+    assert "img" not in {tag for tag, _ in page.elements}
+    assert "image_url" in page.text
+
+
+def test_attempts_are_told_in_order_with_the_providers_words(admin_client: Client) -> None:
+    row = failed()
+    error = {"error": {"code": "overloaded", "message": "Come back later"}}
+    packed = gzip.compress(json.dumps(error).encode())
+    receipt_of(row, retried=1, status=-1, body=b"", seen_count=3)
+    receipt_of(row, retried=0, status=503, body=packed, problem="odd header")
+    page = page_of(admin_client, REQUEST, row)
+    for words in ("overloaded: Come back later", "odd header", "3×", "no response"):
+        assert words in page.text
+    assert page.text.index("1 / 4") < page.text.index("2 / 4")
+
+
+def test_attempts_are_for_those_who_may_view_receipts(staff_client: Callable[..., Client]) -> None:
+    row = failed()
+    receipt_of(row, status=500, body=b'{"error": "Oh no"}')
+    page = page_of(staff_client("view_llmrequest"), REQUEST, row)
+    assert "Oh no" not in page.html
+
+
+def test_the_raw_request_is_what_the_provider_is_sent_without_any_key(admin_client: Client) -> None:
+    row = completed(parameters={"temperature": 0.2})
+    page = page_of(admin_client, REQUEST, row)
+    assert '"temperature": 0.2' in page.text
+    for provider in app_settings().providers.values():
+        assert provider["API_KEY"] not in page.html
+
+
+def test_a_request_of_a_provider_that_has_left_the_settings_has_a_page(
+    admin_client: Client,
+) -> None:
+    row = completed(provider="gone", model="old-model")
+    assert '"model": "old-model"' in page_of(admin_client, REQUEST, row).text
+
+
+def test_a_handler_that_was_given_up_is_shown_with_its_error(admin_client: Client) -> None:
+    row = completed(announced_at=None, announce_tries=5, announce_error="KeyError: 'summary'")
+    shown = page_of(admin_client, REQUEST, row).text
+    assert "failed 5 times and was given up" in shown
+    assert "KeyError: 'summary'" in shown
+
+
+def test_the_page_links_to_batch_conversation_and_resubmissions(admin_client: Client) -> None:
+    batch, talk = Batch.objects.create(name="nightly"), Conversation.objects.create(title="Chat")
+    first = failed(batch=batch, conversation=talk)
+    again = completed(resubmission_of=first)
+    hrefs = page_of(admin_client, REQUEST, first).values("a", "href")
+    assert reverse(BATCH, args=[batch.pk]) in hrefs
+    assert reverse(CONVERSATION, args=[talk.pk]) in hrefs
+    assert reverse(REQUEST, args=[again.pk]) in hrefs
+    hrefs = page_of(admin_client, REQUEST, again).values("a", "href")
+    assert reverse(REQUEST, args=[first.pk]) in hrefs
+
+
+def test_very_long_texts_are_cut_and_say_so(admin_client: Client) -> None:
+    row = completed(
+        messages=[{"role": "user", "content": "x" * 100_000}] * 200, completion="y" * 100_000
+    )
+    page = page_of(admin_client, REQUEST, row)
+    assert "32,768 of 100,000 are shown" in page.text
+    assert "140 messages are left out here" in page.text
+    assert len(page.html) < 3_000_000
+
+
+@pytest.mark.parametrize("messages", [None, "text", {}, [], ["text"], [{"role": 5}], [[1]]])
+def test_messages_of_any_shape_have_a_page(admin_client: Client, messages: Any) -> None:
+    page_of(admin_client, REQUEST, completed(messages=messages or {}, parameters={}))
+
+
+# --- text of strangers ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("payload", XSS)
+def test_foreign_text_is_inert_wherever_it_appears(admin_client: Client, payload: str) -> None:
+    user = User.objects.create_user("ada", first_name=payload[:150])
+    article = Article.objects.create(title=payload, body="…", summary="There is one.")
+    batch = Batch.objects.create(name=payload, user=user)
+    talk = Conversation.objects.create(title=payload, system=payload)
+    function = {"name": payload, "arguments": payload}
+    foreign = {
+        "messages": [{"role": payload, "content": payload, "name": payload}],
+        "model": payload,
+        "provider": payload[:64],
+        "about": article,
+        "tenant": payload,
+        "labels": [payload],
+        "metadata": {payload: payload},
+        "trigger": payload,
+        "queue": payload,
+        "batch": batch,
+        "conversation": talk,
+        "qstash_message_id": payload,
+        "dead_letter_id": payload,
+        "completion": payload,
+        "answered_by": payload,
+        "finish_reason": payload[:64],
+        "refusal": payload,
+        "tool_calls": [{"function": function, "id": payload}],
+        "usage": {payload: payload},
+        "cost_source": payload[:32],
+        "announced_at": None,
+        "announce_tries": 2,
+        "announce_error": payload,
+        "error_code": payload[:64],
+        "error": payload,
+    }
+    rows = [completed(**foreign), failed(**foreign), submitted(**foreign | {"model": "m"})]
+    receipts = [
+        receipt_of(
+            row,
+            source_message_id=f"{payload}{row.pk}",
+            status=500,
+            header={payload: [payload]},
+            body=json.dumps({"error": {"code": payload, "message": payload}}).encode(),
+            problem=payload,
+            dead_letter_id=payload,
+        )
+        for row in rows
+    ]
+    orphan = receipt_of(None, uuid=rows[0].uuid, kind=Kind.QUARANTINED, body=payload.encode())
+    for name in (REQUESTS, BATCHES, RECEIPTS, CONVERSATIONS):
+        assert_inert(page_of(admin_client, name))
+    for row in rows:
+        assert_inert(page_of(admin_client, REQUEST, row))
+    for receipt in (*receipts, orphan):
+        assert_inert(page_of(admin_client, RECEIPT, receipt))
+    assert_inert(page_of(admin_client, BATCH, batch))
+    assert_inert(page_of(admin_client, CONVERSATION, talk))
+    assert_inert(Page(act(admin_client, REQUESTS, "resubmit", *rows)))
+    response = act(admin_client, REQUESTS, "cancel", *rows[:2])
+    assert_inert(Page(admin_client.get(response.url)))
+
+
+@pytest.mark.skipif(not HAS_MARKDOWN, reason="the admin extra is not installed")
+def test_markdown_is_rendered_with_its_headings_below_the_pages_own(admin_client: Client) -> None:
+    row = completed(completion="# Tides\n\n- *rise*\n- fall\n\n[more](https://x.test/)")
+    page = page_of(admin_client, REQUEST, row)
+    assert "<h4>Tides</h4>" in page.html
+    assert "<em>rise</em>" in page.html
+    link = {"href": "https://x.test/", "rel": "noopener noreferrer nofollow"}
+    assert ("a", link) in page.elements
+
+
+@pytest.mark.skipif(HAS_MARKDOWN, reason="the admin extra is installed")
+def test_without_the_extra_an_answer_is_escaped_text(admin_client: Client) -> None:
+    page = page_of(admin_client, REQUEST, completed(completion="# Tides\n\n<b>"))
+    assert "# Tides\n\n&lt;b&gt;</pre>" in page.html
+
+
+@pytest.mark.parametrize("hostile", ["[" * 32_000, "x" * 40_000, "[" * 40_000])
+def test_what_is_slow_to_render_is_shown_as_text(hostile: str) -> None:
+    assert text.completion(hostile).startswith('<pre class="llm-text"')
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    ["*a" * 16_000, "_" * 32_000, "`" * 32_000, "![" * 900, "> " * 16_000, "- " * 16_000,
+     "|a" * 16_000, "<" * 32_000, "~~a" * 10_000, "&" * 32_000, "`a``" * 8_000, "\\" * 32_000],
+)  # fmt: skip
+@pytest.mark.timeout(5)
+def test_no_answer_makes_a_page_wait(hostile: str) -> None:
+    text.completion(hostile)
+
+
+def test_a_json_answer_is_laid_out() -> None:
+    assert "{\n  &quot;city&quot;: &quot;Ås&quot;\n}" in text.completion('{"city": "\\u00c5s"}')
+
+
+# --- showing, not editing ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [REQUEST, BATCH, CONVERSATION, RECEIPT])
+def test_nothing_can_be_changed_or_added_by_hand(admin_client: Client, name: str) -> None:
+    batch = Batch.objects.create(name="nightly")
+    talk = Conversation.objects.create(title="Chat")
+    row = failed(batch=batch, conversation=talk)
+    objects = {REQUEST: row, BATCH: batch, CONVERSATION: talk, RECEIPT: receipt_of(row)}
+    obj = objects[name]
+    page = page_of(admin_client, name, obj)
+    assert not [a for tag, a in page.elements if tag in {"textarea", "select"}]
+    changed = {"name": "changed", "title": "changed", "state": "completed", "_save": "1"}
+    response = admin_client.post(reverse(name, args=[obj.pk]), changed)
+    assert response.status_code == 403
+    assert admin_client.get(reverse(name.replace("_change", "_add"))).status_code == 403
+    assert "changed" not in str(type(obj).objects.values().get(pk=obj.pk))
+
+
+def test_deleting_needs_its_permission(staff_client: Callable[..., Client]) -> None:
+    row = failed()
+    client = staff_client("view_llmrequest", "change_llmrequest")
+    url = reverse("admin:django_qstash_llm_llmrequest_delete", args=[row.pk])
+    assert client.post(url, {"post": "yes"}).status_code == 403
+    assert LLMRequest.objects.filter(pk=row.pk).exists()
+
+
+def test_a_request_is_deleted_with_its_receipts(admin_client: Client) -> None:
+    row = failed()
+    receipt_of(row)
+    url = reverse("admin:django_qstash_llm_llmrequest_delete", args=[row.pk])
+    assert admin_client.post(url, {"post": "yes"}).status_code == 302
+    assert not CallbackResponse.objects.exists()
+
+
+# --- verbs ------------------------------------------------------------------------------------
+
+
+def test_who_may_only_view_sees_no_action(staff_client: Callable[..., Client]) -> None:
+    client = staff_client("view_llmrequest", "view_batch")
+    batch = Batch.objects.create()
+    row = failed(batch=batch)
+    for page in (
+        page_of(client, REQUESTS),
+        page_of(client, REQUEST, row),
+        page_of(client, BATCHES),
+        page_of(client, BATCH, batch),
+    ):
+        assert page.buttons() == []
+        assert page.menu() == []
+
+
+def test_who_may_only_view_can_use_no_verb(
+    staff_client: Callable[..., Client], qstash: FakeQStash
+) -> None:
+    client = staff_client("view_llmrequest", "view_batch", "change_batch")
+    batch = Batch.objects.create()
+    bad, going = failed(batch=batch), submitted(batch=batch)
+    act(client, REQUESTS, "cancel", going)
+    act(client, REQUESTS, "resubmit", bad, confirmed="1")
+    act(client, BATCHES, "cancel_unfinished", batch)
+    act(client, BATCHES, "resubmit_failed", batch, confirmed="1")
+    assert qstash.calls == []
+    assert LLMRequest.objects.count() == 2
+    going.refresh_from_db()
+    assert going.state == State.SUBMITTED
+
+
+@pytest.mark.parametrize(
+    ("make", "buttons"),
+    [
+        (pending, ["cancel"]),
+        (submitted, ["cancel"]),
+        (completed, ["resubmit"]),
+        (failed, ["resubmit"]),
+        (lambda: failed(announced_at=None, announce_tries=2), ["resubmit", "announce_again"]),
+        (lambda: pending(state=State.CANCELLED), ["resubmit"]),
+    ],
+)
+def test_buttons_fit_the_state(admin_client: Client, make: Any, buttons: list[str]) -> None:
+    row = make()
+    page = page_of(admin_client, REQUEST, row)
+    assert page.buttons() == buttons
+    forms = [a for tag, a in page.elements if tag == "form" and a.get("class") == "llm-tool"]
+    assert {form["method"] for form in forms} == {"post"}
+
+
+def test_a_verb_needs_a_csrf_token(admin_user: User) -> None:
+    client = Client(enforce_csrf_checks=True)
+    client.force_login(admin_user)
+    row = pending()
+    assert act(client, REQUESTS, "cancel", row).status_code == 403
+    row.refresh_from_db()
+    assert row.state == State.PENDING
+
+
+def test_no_verb_is_used_by_following_a_link(admin_client: Client) -> None:
+    row = pending()
+    admin_client.get(reverse(REQUESTS), {"action": "cancel", "_selected_action": row.pk})
+    row.refresh_from_db()
+    assert row.state == State.PENDING
+
+
+def test_cancelling_tells_qstash_and_leaves_a_log_entry(
+    admin_client: Client, qstash: FakeQStash
+) -> None:
+    row = submitted()
+    response = act(admin_client, REQUESTS, "cancel", row, from_page="1")
+    row.refresh_from_db()
+    assert row.state == State.CANCELLED
+    assert qstash.cancelled == ["msg_7"]
+    assert response.url == reverse(REQUEST, args=[row.pk])
+    assert messages_of(response) == ["1 request was cancelled."]
+    entry = LogEntry.objects.get()
+    assert (entry.object_id, entry.get_change_message()) == (str(row.pk), "Cancelled.")
+
+
+def test_what_cannot_be_cancelled_is_named_with_the_reason(
+    admin_client: Client, qstash: FakeQStash
+) -> None:
+    done, going = completed(), pending()
+    response = act(admin_client, REQUESTS, "cancel", done, going)
+    assert messages_of(response) == [
+        "1 request was cancelled.",
+        f"{done.uuid} is completed: only an unfinished request can be cancelled.",
+    ]
+    assert LogEntry.objects.count() == 1
+
+
+def test_a_request_goes_on_when_qstash_cannot_be_told(
+    admin_client: Client, qstash: FakeQStash
+) -> None:
+    qstash.answer = lambda request: httpx.Response(500, text="<b>down</b>")
+    row = submitted()
+    response = act(admin_client, REQUESTS, "cancel", row)
+    assert messages_of(response) == [f"{row.uuid}: QStash answered 500: <b>down</b>"]
+    row.refresh_from_db()
+    assert row.state == State.SUBMITTED
+    assert "&lt;b&gt;down" in admin_client.get(response.url).content.decode()
+
+
+def test_many_reasons_are_not_all_told(admin_client: Client) -> None:
+    rows = [completed() for _ in range(9)]
+    told = messages_of(act(admin_client, REQUESTS, "cancel", *rows))
+    assert len(told) == 6
+    assert told[-1] == "4 more were refused."
+
+
+def test_resubmitting_asks_first_and_says_what_it_cost(admin_client: Client) -> None:
+    earlier = failed()
+    failed(resubmission_of=earlier)
+    rows = [completed(cost=Decimal("0.25")), completed(cost=None), earlier, pending()]
+    page = Page(act(admin_client, REQUESTS, "resubmit", *rows))
+    assert LLMRequest.objects.count() == 5
+    for words in (
+        "4 requests are about to be asked again",
+        "The first time came to $0.25.",
+        "1 has no known cost.",
+        "1 is unfinished and will be refused",
+        "1 was resubmitted before.",
+    ):
+        assert words in page.text
+
+
+def test_resubmitting_from_the_page_leads_to_the_new_request(admin_client: Client) -> None:
+    row = failed(labels=["nightly"], parameters={"temperature": 0.2})
+    page = Page(act(admin_client, REQUESTS, "resubmit", row, from_page="1"))
+    assert reverse(REQUEST, args=[row.pk]) in page.values("a", "href")
+    hidden = {
+        str(a["name"]): a["value"]
+        for tag, a in page.elements
+        if tag == "input" and a.get("type") == "hidden" and a["name"] != "csrfmiddlewaretoken"
+    }
+    response = admin_client.post(reverse(REQUESTS), hidden)
+    again = LLMRequest.objects.get(resubmission_of=row)
+    assert again.state == State.PENDING
+    assert (again.messages, again.labels) == (row.messages, ["nightly"])
+    assert response.url == reverse(REQUEST, args=[again.pk])
+    told = [(e.object_id, e.get_change_message()) for e in LogEntry.objects.order_by("id")]
+    assert told == [
+        (str(row.pk), f"Resubmitted as {again.uuid}."),
+        (str(again.pk), f"Resubmission of {row.uuid}."),
+    ]
+
+
+def test_an_unfinished_request_is_not_resubmitted(admin_client: Client) -> None:
+    row = pending()
+    response = act(admin_client, REQUESTS, "resubmit", row, confirmed="1")
+    assert messages_of(response) == [f"{row.uuid} is pending: an answer may still come."]
+    assert LLMRequest.objects.count() == 1
+
+
+def test_what_can_no_longer_be_asked_is_refused_with_the_reason(admin_client: Client) -> None:
+    row = failed(provider="gone")
+    response = act(admin_client, REQUESTS, "resubmit", row, confirmed="1")
+    assert "there is no provider 'gone'" in messages_of(response)[0]
+
+
+def test_a_handler_that_was_given_up_is_told_again(
+    admin_client: Client, django_capture_on_commit_callbacks: Any
+) -> None:
+    row = completed(announced_at=None, announce_tries=5, announce_error="KeyError: 'x'")
+    with django_capture_on_commit_callbacks(execute=True):
+        response = act(admin_client, REQUESTS, "announce_again", row, from_page="1")
+    assert messages_of(response) == ["1 request will be announced again."]
+    row.refresh_from_db()
+    assert row.announced_at is not None
+    assert row.announce_error == ""
+
+
+@pytest.mark.parametrize("make", [pending, completed])
+def test_what_was_told_or_is_not_finished_is_not_told_again(
+    admin_client: Client, make: Any
+) -> None:
+    row = make()
+    response = act(admin_client, REQUESTS, "announce_again", row)
+    assert "there is nothing to announce" in messages_of(response)[0]
+
+
+def test_everything_that_matches_can_be_chosen_and_is_taken_in_portions(
+    admin_client: Client,
+) -> None:
+    LLMRequest.objects.bulk_create(
+        LLMRequest(model="m", provider="openai", messages=[{"role": "user", "content": "?"}])
+        for _ in range(502)
+    )
+    row = LLMRequest.objects.first()
+    response = act(admin_client, REQUESTS, "cancel", row, select_across="1")
+    assert messages_of(response) == [
+        "500 requests were cancelled.",
+        "2 were left for another time: do it again.",
+    ]
+    assert LLMRequest.objects.pending().count() == 2
+
+
+# --- batches, receipts, conversations ---------------------------------------------------------
+
+
+def test_a_batch_shows_how_far_it_is_and_what_it_cost(admin_client: Client) -> None:
+    batch = Batch.objects.create(name="nightly")
+    completed(batch=batch, cost=Decimal("0.25"))
+    completed(batch=batch, cost=None)
+    failed(batch=batch)
+    pending(batch=batch)
+    page = page_of(admin_client, BATCH, batch)
+    assert "2 completed, 1 failed, 1 pending" in page.text
+    assert "$0.25 + 1 unpriced" in page.text
+    assert "server_error" in page.text
+    widths = [attrs.get("width") for tag, attrs in page.elements if tag == "rect"]
+    assert widths == ["100", "50.000", "25.000", "25.000"]
+    link = f"{reverse(REQUESTS)}?batch__id__exact={batch.pk}&state__exact=failed"
+    assert link in page.values("a", "href")
+    assert len(admin_client.get(link).context["cl"].result_list) == 1
+
+
+def test_an_empty_batch_has_a_page(admin_client: Client) -> None:
+    page = page_of(admin_client, BATCH, Batch.objects.create())
+    assert "no requests" in page.text
+    assert page.buttons() == []
+
+
+def test_the_unfinished_of_a_batch_are_cancelled(admin_client: Client, qstash: FakeQStash) -> None:
+    batch = Batch.objects.create()
+    rows = [pending(batch=batch), submitted(batch=batch), failed(batch=batch), pending()]
+    response = act(admin_client, BATCHES, "cancel_unfinished", batch, from_page="1")
+    assert messages_of(response) == ["2 requests were cancelled."]
+    assert response.url == reverse(BATCH, args=[batch.pk])
+    states = [LLMRequest.objects.get(pk=row.pk).state for row in rows]
+    assert states == ["cancelled", "cancelled", "failed", "pending"]
+
+
+def test_the_failed_of_a_batch_are_resubmitted_once(admin_client: Client) -> None:
+    batch = Batch.objects.create()
+    failed(batch=batch)
+    completed(batch=batch)
+    page = Page(act(admin_client, BATCHES, "resubmit_failed", batch, from_page="1"))
+    assert "1 request is about to be asked again" in page.text
+    for _ in range(2):
+        act(admin_client, BATCHES, "resubmit_failed", batch, confirmed="1")
+    assert batch.counts() == {
+        "pending": 1, "submitted": 0, "completed": 1, "failed": 1, "cancelled": 0
+    }  # fmt: skip
+    assert page_of(admin_client, BATCH, batch).buttons() == ["cancel_unfinished"]
+
+
+def test_a_receipt_shows_its_body_as_text(admin_client: Client) -> None:
+    body = gzip.compress(b'{"answer": "\xc3\x85s <b>"}')
+    page = page_of(admin_client, RECEIPT, receipt_of(submitted(), body=body))
+    assert '"answer": "Ås <b>"' in page.text
+    assert "b" not in {tag for tag, _ in page.elements}
+
+
+@pytest.mark.parametrize("body", [b"", b"\x00\xff\xfe\x80", b"\x1f\x8bbroken", b"[" * 50_000])
+def test_a_body_of_any_bytes_has_a_page(admin_client: Client, body: bytes) -> None:
+    row = failed()
+    receipt = receipt_of(row, body=body, status=500)
+    page_of(admin_client, RECEIPT, receipt)
+    page_of(admin_client, REQUEST, row)
+
+
+def test_a_large_body_is_not_read_whole(admin_client: Client) -> None:
+    receipt = receipt_of(submitted(), body=b"x" * 2_000_000)
+    page = page_of(admin_client, RECEIPT, receipt)
+    assert "32,768 of 2,000,000 are shown" in page.text
+    with CaptureQueriesContext(connection) as queries:
+        page_of(admin_client, RECEIPT, receipt)
+    whole = [re.sub(r"(SUBSTR|SUBSTRING|LENGTH)\([^)]*\)", "", q["sql"]) for q in queries]
+    assert not [sql for sql in whole if '"body"' in sql]
+
+
+def test_receipts_without_a_request_are_found(admin_client: Client) -> None:
+    here = receipt_of(submitted())
+    orphan = receipt_of(None, uuid=here.uuid, source_message_id="msg_8")
+    for query, wanted in (("orphaned=yes", orphan), ("orphaned=no", here)):
+        found = admin_client.get(f"{reverse(RECEIPTS)}?{query}").context["cl"].result_list
+        assert [row.pk for row in found] == [wanted.pk]
+
+
+def test_receipts_are_found_by_request_and_message(admin_client: Client) -> None:
+    wanted = receipt_of(submitted())
+    receipt_of(submitted(), source_message_id="msg_8")
+    for term in (str(wanted.uuid), "msg_7"):
+        found = admin_client.get(reverse(RECEIPTS), {"q": term}).context["cl"].result_list
+        assert [row.pk for row in found] == [wanted.pk]
+
+
+def test_a_conversation_is_shown_turn_by_turn(admin_client: Client) -> None:
+    talk = Conversation.objects.create(title="Tides", system="Be brief.")
+    completed(conversation=talk, messages=[{"role": "user", "content": "Why tides?"}])
+    failed(conversation=talk, messages=[{"role": "user", "content": "And the sun?"}])
+    shown = page_of(admin_client, CONVERSATION, talk).text
+    order = ["Be brief.", "Why tides?", "Forty-two.", "And the sun?", "The server had an error"]
+    positions = [shown.index(words) for words in order]
+    assert positions == sorted(positions)
+
+
+def test_the_pages_carry_no_inline_style_or_script(admin_client: Client) -> None:
+    fill(1)
+    for name in (REQUESTS, BATCHES, RECEIPTS, CONVERSATIONS):
+        page = page_of(admin_client, name)
+        assert page.inline_code == []
+        assert not [attrs for _, attrs in page.elements if "style" in attrs]
