@@ -26,7 +26,12 @@ class Migration(migrations.Migration):
                         auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
                     ),
                 ),
-                ("uuid", models.UUIDField(default=uuid.uuid4, editable=False, unique=True)),
+                (
+                    "uuid",
+                    models.UUIDField(
+                        default=uuid.uuid4, editable=False, unique=True, verbose_name="uuid"
+                    ),
+                ),
                 ("name", models.CharField(blank=True, max_length=255, verbose_name="name")),
                 (
                     "created_at",
@@ -61,7 +66,12 @@ class Migration(migrations.Migration):
                         auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
                     ),
                 ),
-                ("uuid", models.UUIDField(default=uuid.uuid4, editable=False, unique=True)),
+                (
+                    "uuid",
+                    models.UUIDField(
+                        default=uuid.uuid4, editable=False, unique=True, verbose_name="uuid"
+                    ),
+                ),
                 ("title", models.CharField(blank=True, max_length=255, verbose_name="title")),
                 ("system", models.TextField(blank=True, verbose_name="system prompt")),
                 (
@@ -97,7 +107,12 @@ class Migration(migrations.Migration):
                         auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
                     ),
                 ),
-                ("uuid", models.UUIDField(default=uuid.uuid4, editable=False, unique=True)),
+                (
+                    "uuid",
+                    models.UUIDField(
+                        default=uuid.uuid4, editable=False, unique=True, verbose_name="uuid"
+                    ),
+                ),
                 (
                     "state",
                     models.CharField(
@@ -134,7 +149,10 @@ class Migration(migrations.Migration):
                     "parameters",
                     models.JSONField(blank=True, default=dict, verbose_name="parameters"),
                 ),
-                ("object_id", models.CharField(blank=True, max_length=255)),
+                (
+                    "object_id",
+                    models.CharField(blank=True, max_length=255, verbose_name="object id"),
+                ),
                 ("tenant", models.CharField(blank=True, max_length=255, verbose_name="tenant")),
                 ("labels", models.JSONField(blank=True, default=list, verbose_name="labels")),
                 ("metadata", models.JSONField(blank=True, default=dict, verbose_name="metadata")),
@@ -162,12 +180,34 @@ class Migration(migrations.Migration):
                     models.JSONField(blank=True, default=dict, verbose_name="flow control"),
                 ),
                 ("redact", models.JSONField(blank=True, default=list, verbose_name="redact")),
-                ("submission_number", models.PositiveSmallIntegerField(default=1)),
-                ("submission_tries", models.PositiveIntegerField(default=0)),
-                ("first_tried_at", models.DateTimeField(blank=True, null=True)),
-                ("submit_after", models.DateTimeField(blank=True, null=True)),
-                ("claim_token", models.UUIDField(blank=True, editable=False, null=True)),
-                ("claimed_until", models.DateTimeField(blank=True, editable=False, null=True)),
+                (
+                    "submission_number",
+                    models.PositiveSmallIntegerField(default=1, verbose_name="submission number"),
+                ),
+                (
+                    "submission_tries",
+                    models.PositiveIntegerField(default=0, verbose_name="submission tries"),
+                ),
+                (
+                    "first_tried_at",
+                    models.DateTimeField(blank=True, null=True, verbose_name="first tried at"),
+                ),
+                (
+                    "submit_after",
+                    models.DateTimeField(blank=True, null=True, verbose_name="submit after"),
+                ),
+                (
+                    "claim_token",
+                    models.UUIDField(
+                        blank=True, editable=False, null=True, verbose_name="claim token"
+                    ),
+                ),
+                (
+                    "claimed_until",
+                    models.DateTimeField(
+                        blank=True, editable=False, null=True, verbose_name="claimed until"
+                    ),
+                ),
                 (
                     "qstash_message_id",
                     models.CharField(blank=True, max_length=255, verbose_name="QStash message id"),
@@ -251,8 +291,14 @@ class Migration(migrations.Migration):
                     "announced_at",
                     models.DateTimeField(blank=True, null=True, verbose_name="announced at"),
                 ),
-                ("announce_tries", models.PositiveSmallIntegerField(default=0)),
-                ("announce_after", models.DateTimeField(blank=True, null=True)),
+                (
+                    "announce_tries",
+                    models.PositiveSmallIntegerField(default=0, verbose_name="announce tries"),
+                ),
+                (
+                    "announce_after",
+                    models.DateTimeField(blank=True, null=True, verbose_name="announce after"),
+                ),
                 ("announce_error", models.TextField(blank=True, verbose_name="announce error")),
                 (
                     "created_at",
@@ -459,6 +505,14 @@ class Migration(migrations.Migration):
                 condition=models.Q(("resubmission_of__isnull", False)),
                 fields=["resubmission_of"],
                 name="llm_request_resubmission",
+            ),
+        ),
+        migrations.AddIndex(
+            model_name="llmrequest",
+            index=models.Index(
+                condition=models.Q(("tenant", ""), _negated=True),
+                fields=["tenant", "-id"],
+                name="llm_request_tenant",
             ),
         ),
         migrations.AddIndex(

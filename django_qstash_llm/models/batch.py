@@ -70,7 +70,7 @@ def _compose(index: int, item: Any, shared: Mapping[str, Any]) -> LLMRequest:
 class Batch(models.Model):
     """Requests asked together. Its progress is derived from theirs."""
 
-    uuid = models.UUIDField(default=uuids.uuid4, unique=True, editable=False)
+    uuid = models.UUIDField(_("uuid"), default=uuids.uuid4, unique=True, editable=False)
     name = models.CharField(_("name"), max_length=255, blank=True)
     user = models.ForeignKey(
         settings.AUTH_USER_MODEL,

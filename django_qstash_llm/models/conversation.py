@@ -14,7 +14,7 @@ from .request import LLMRequest
 
 
 class Conversation(models.Model):
-    uuid = models.UUIDField(default=uuids.uuid4, unique=True, editable=False)
+    uuid = models.UUIDField(_("uuid"), default=uuids.uuid4, unique=True, editable=False)
     title = models.CharField(_("title"), max_length=255, blank=True)
     user = models.ForeignKey(
         settings.AUTH_USER_MODEL,

@@ -15,7 +15,7 @@ from asgiref.sync import sync_to_async
 from django.conf import settings
 from django.contrib.contenttypes.fields import GenericForeignKey
 from django.contrib.contenttypes.models import ContentType
-from django.db import models
+from django.db import models, transaction
 from django.db.models import Q
 from django.utils import timezone
 from django.utils.functional import Promise
@@ -155,7 +155,7 @@ class LLMRequestQuerySet(models.QuerySet["LLMRequest"]):
 class LLMRequest(models.Model):
     """One thing asked of a model."""
 
-    uuid = models.UUIDField(default=uuids.uuid4, unique=True, editable=False)
+    uuid = models.UUIDField(_("uuid"), default=uuids.uuid4, unique=True, editable=False)
     state = models.CharField(_("state"), max_length=16, choices=State, default=State.PENDING)
     via = models.CharField(_("via"), max_length=16, choices=Via, default=Via.PUBLISH)
     trigger = models.CharField(_("trigger"), max_length=255, blank=True)
@@ -177,7 +177,7 @@ class LLMRequest(models.Model):
         related_name="+",
         db_index=False,
     )
-    object_id = models.CharField(max_length=255, blank=True)
+    object_id = models.CharField(_("object id"), max_length=255, blank=True)
     about = GenericForeignKey("content_type", "object_id")
     user = models.ForeignKey(
         settings.AUTH_USER_MODEL,
@@ -231,14 +231,14 @@ class LLMRequest(models.Model):
     redact = models.JSONField(_("redact"), default=list, blank=True)
 
     # the outbox
-    submission_number = models.PositiveSmallIntegerField(default=1)
+    submission_number = models.PositiveSmallIntegerField(_("submission number"), default=1)
     """With ``uuid`` the deduplication id: the same for every try of one submission."""
-    submission_tries = models.PositiveIntegerField(default=0)
-    first_tried_at = models.DateTimeField(null=True, blank=True)
+    submission_tries = models.PositiveIntegerField(_("submission tries"), default=0)
+    first_tried_at = models.DateTimeField(_("first tried at"), null=True, blank=True)
     """When this submission may first have reached QStash; its deduplication window opens here."""
-    submit_after = models.DateTimeField(null=True, blank=True)
-    claim_token = models.UUIDField(null=True, blank=True, editable=False)
-    claimed_until = models.DateTimeField(null=True, blank=True, editable=False)
+    submit_after = models.DateTimeField(_("submit after"), null=True, blank=True)
+    claim_token = models.UUIDField(_("claim token"), null=True, blank=True, editable=False)
+    claimed_until = models.DateTimeField(_("claimed until"), null=True, blank=True, editable=False)
     qstash_message_id = models.CharField(_("QStash message id"), max_length=255, blank=True)
 
     # what came back
@@ -276,8 +276,8 @@ class LLMRequest(models.Model):
 
     # telling
     announced_at = models.DateTimeField(_("announced at"), null=True, blank=True)
-    announce_tries = models.PositiveSmallIntegerField(default=0)
-    announce_after = models.DateTimeField(null=True, blank=True)
+    announce_tries = models.PositiveSmallIntegerField(_("announce tries"), default=0)
+    announce_after = models.DateTimeField(_("announce after"), null=True, blank=True)
     announce_error = models.TextField(_("announce error"), blank=True)
 
     created_at = models.DateTimeField(_("created at"), default=timezone.now, editable=False)
@@ -304,6 +304,9 @@ class LLMRequest(models.Model):
                     condition=Q(**{f"{name}__isnull": False}),
                 )
                 for name in ("user", "batch", "conversation", "resubmission_of")
+            ),
+            models.Index(
+                fields=["tenant", "-id"], name="llm_request_tenant", condition=~Q(tenant="")
             ),
             # What is waiting is few among many: the outbox reads this one only.
             models.Index(fields=["id"], name="llm_request_pending", condition=Q(state="pending")),
@@ -591,14 +594,25 @@ class LLMRequest(models.Model):
     def resubmit(self) -> LLMRequest:
         """Ask the same again, as a request of its own that names this one.
 
-        Raises ``IllegalState`` while an answer to this one may still come.
+        Raises ``IllegalState`` while an answer may still come, to this one or to a resubmission.
         """
-        self.refresh_from_db(fields=["state"])
-        if self.state in UNFINISHED:
-            raise IllegalState(f"{self.uuid} is {self.state}: an answer may still come.")
+        rows = type(self).objects.using(self._state.db)
+        with transaction.atomic(using=self._state.db):
+            # Locked: two clicks on a button are one wish.
+            original = rows.select_for_update(of=("self",)).get(pk=self.pk)
+            if original.state in UNFINISHED:
+                raise IllegalState(f"{self.uuid} is {original.state}: an answer may still come.")
+            underway = rows.unfinished().filter(resubmission_of=original).first()
+            if underway is not None:
+                raise IllegalState(f"{self.uuid} is being asked again already, as {underway.uuid}.")
+            again = original._copy()
+            again.save(using=self._state.db)
+        return again
+
+    def _copy(self) -> LLMRequest:
         copied = {f.attname: getattr(self, f.attname) for f in _askable_fields(type(self))}
-        again = type(self)(
-            **copied,
+        return type(self)(
+            **{**copied, "not_before": None},
             parameters=self.parameters,
             messages=self.messages,
             via=self.via,
@@ -607,9 +621,6 @@ class LLMRequest(models.Model):
             object_id=self.object_id,
             resubmission_of=self,
         )
-        again.not_before = None
-        again.save(using=self._state.db)
-        return again
 
     def announce_again(self) -> None:
         """Tell trigger and receivers anew, after they failed and were perhaps given up on.
