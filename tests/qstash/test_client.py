@@ -361,6 +361,31 @@ def test_a_transport_error_does_not_repeat_what_the_transport_said(caller: Calle
     assert str(caught.value) == "no answer from QStash: ReadError"
 
 
+def test_these_calls_and_no_others_are_never_repeated_blindly() -> None:
+    examples = {name: getattr(calls, name)(*args, **kw) for name, (args, kw, _) in EXAMPLES.items()}
+    assert {name for name, call in examples.items() if not call.is_repeatable} == {
+        "batch",  # of which one message has no deduplication id
+        "cancel_messages",
+        "cancel_messages_by",
+        "cancel_all_messages",
+        "delete_dead_letters",
+        "retry_dead_letter",
+        "retry_dead_letters",
+        "rotate_keys",
+    }
+
+
+@pytest.mark.parametrize(
+    ("timeout", "connect"), [(30.0, 5.0), (600.0, 5.0), (5.0, 5.0), (0.5, 0.5)]
+)
+def test_every_wait_has_its_limit(timeout: float, connect: float, caller: Caller) -> None:
+    wire = saying({"messageId": "msg_1"})
+    caller.using(transport=wire, timeout=timeout).publish(ONCE)
+    assert [request.extensions["timeout"] for request in wire.requests] == [
+        {"connect": connect, "read": timeout, "write": timeout, "pool": timeout}
+    ]
+
+
 def test_every_try_sends_the_same(caller: Caller) -> None:
     wire = stumbling(httpx.ReadError("reset"), times=2)
     caller.using(transport=wire).publish(ONCE)

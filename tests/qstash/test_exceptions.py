@@ -21,9 +21,17 @@ from django_qstash_llm.qstash.exceptions import (
     TransportError,
 )
 
-CHAT = {"x-ratelimit-limit-requests": "100", "x-ratelimit-remaining-requests": "0"}
+CHAT = {
+    "x-ratelimit-limit-requests": "100",
+    "x-ratelimit-remaining-requests": "0",
+    "x-ratelimit-reset-requests": "60",
+}
 DAILY = {"ratelimit-limit": "500", "ratelimit-remaining": "0", "ratelimit-reset": "1750000000"}
-BURST = {"burst-ratelimit-limit": "10", "burst-ratelimit-remaining": "3"}
+BURST = {
+    "burst-ratelimit-limit": "10",
+    "burst-ratelimit-remaining": "3",
+    "burst-ratelimit-reset": "1750000001",
+}
 
 
 @pytest.mark.parametrize(
@@ -60,9 +68,9 @@ def test_the_most_telling_error_is_raised(
 @pytest.mark.parametrize(
     ("headers", "limits"),
     [
-        (CHAT, (100, 0, None)),
+        (CHAT, (100, 0, 60)),
         (DAILY, (500, 0, 1_750_000_000)),
-        (BURST, (10, 3, None)),
+        (BURST, (10, 3, 1_750_000_001)),
         ({}, (None, None, None)),
         ({"burst-ratelimit-limit": "a few", "burst-ratelimit-reset": "-1"}, (None, None, None)),
         ({"burst-ratelimit-limit": "²", "burst-ratelimit-reset": "9" * 5000}, (None, None, None)),

@@ -51,7 +51,23 @@ def test_a_message_survives_being_published(message: Message) -> None:
 @given(strategies.messages)
 @fuzz
 def test_a_message_survives_the_batch(message: Message) -> None:
-    assert Message.from_batch_item(json.loads(message.to_batch_item())) == as_read(message)
+    item = json.loads(message.to_batch_item())
+    assert Message.from_batch_item(item) == as_read(message)
+    assert item["headers"] == message.to_headers()
+
+
+@pytest.mark.parametrize("missing", ["deduplication_id", "callback", "failure_callback", "label"])
+def test_what_one_message_of_a_batch_leaves_out_is_not_there_empty(missing: str) -> None:
+    message = Message(
+        URL,
+        deduplication_id="7b6e-1",
+        callback=CALLBACK,
+        failure_callback=CALLBACK,
+        label="r-7b6e",
+    )
+    message = replace(message, **{missing: ""})
+    headers = json.loads(message.to_batch_item())["headers"]
+    assert (headers, len(headers)) == (message.to_headers(), 3)
 
 
 @given(st.lists(strategies.messages, max_size=4))

@@ -134,6 +134,7 @@ def test_options_do_not_change_once_made() -> None:
         ({"upstash-content-based-deduplication": "1"}, Options(content_based_deduplication=True)),
         ({"upstash-content-based-deduplication": "t"}, Options(content_based_deduplication=True)),
         ({"upstash-content-based-deduplication": "False"}, Options()),
+        ({"upstash-content-based-deduplication": "false"}, Options()),
         ({"upstash-content-based-deduplication": "0"}, Options()),
         ({"upstash-label": "a, b ,,c"}, Options(labels=("a", "b", "c"))),
         ({"upstash-redact-fields": "body, headers"}, Options(redact=("body", "headers"))),
