@@ -17,6 +17,10 @@ from .models.outbox import Outbox
 
 logger = logging.getLogger(__name__)
 
+# Once more for a kept connection that went stale. Given retry=False, kombu would still try to
+# connect for 6 seconds, and it is a web request that waits.
+_AT_ONCE = {"max_retries": 1, "interval_start": 0, "interval_step": 0, "interval_max": 0}
+
 
 @shared_task(
     name="django_qstash_llm.submit", ignore_result=True, acks_late=True, reject_on_worker_lost=True
@@ -55,6 +59,6 @@ def ring(bell: Bell, using: str) -> None:
     """Wake a worker. A broker that is down costs time, not work: the sweep rings again."""
     task = {Bell.SUBMIT: submit, Bell.ANNOUNCE: announce}[bell]
     try:
-        task.apply_async(args=(using,), retry=False)
+        task.apply_async(args=(using,), retry=True, retry_policy=_AT_ONCE)
     except (OperationalError, OSError) as error:
         logger.warning("No broker to ring %r; the next sweep will: %s", bell.value, error)

@@ -62,9 +62,11 @@ def post_callback(client: Client) -> Callable[..., Any]:
         body = callback if isinstance(callback, bytes) else callback.to_json()
         if signature is None:
             signature = sign(body, url=url, key=key, now=timezone.now().timestamp())
-        return client.post(
+        # generic: the bytes as they are, whatever charset the content type claims.
+        return client.generic(
+            "POST",
             httpx.URL(url).path,
-            data=body,
+            body,
             content_type=extra.pop("content_type", "application/json"),
             headers={"Upstash-Signature": signature, **extra.pop("headers", {})},
             **extra,

@@ -7,6 +7,8 @@ import django.utils.timezone
 from django.conf import settings
 from django.db import migrations, models
 
+import django_qstash_llm.models.request
+
 
 class Migration(migrations.Migration):
     initial = True
@@ -379,6 +381,7 @@ class Migration(migrations.Migration):
                 "verbose_name_plural": "LLM requests",
                 "ordering": ("-id",),
             },
+            bases=(django_qstash_llm.models.request.OverTheWire, models.Model),
         ),
         migrations.CreateModel(
             name="CallbackResponse",
@@ -527,14 +530,6 @@ class Migration(migrations.Migration):
                 condition=models.Q(("announced_at", None), ("state__in", ["completed", "failed"])),
                 fields=["id"],
                 name="llm_request_unannounced",
-            ),
-        ),
-        migrations.AddIndex(
-            model_name="llmrequest",
-            index=models.Index(
-                condition=models.Q(("claim_token__isnull", False)),
-                fields=["claim_token"],
-                name="llm_request_claimed",
             ),
         ),
         migrations.AddConstraint(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from django.db import connections, transaction
 from django.db.models import F, Q
@@ -40,7 +40,7 @@ from ..qstash import (
 )
 from ..signals import request_submitted
 from .doorbell import Bell, ring_on_commit
-from .request import CLAIM_SECONDS, LLMRequest, LLMRequestQuerySet, State
+from .request import CLAIM_SECONDS, LLMRequest, LLMRequestQuerySet, OverTheWire
 
 logger = logging.getLogger(__name__)
 
@@ -52,30 +52,36 @@ LONGEST_PAUSE = 300.0
 # Answers that say nothing about a message, only about us or the hour.
 _NOT_THE_MESSAGE = (AuthenticationError, RateLimited)
 
-# What a message is made of, and what the bookkeeping of its submission needs.
-_SUBMITTED_FIELDS = (
-    "uuid",
-    "state",
-    "provider",
-    "model",
-    "messages",
-    "parameters",
-    "labels",
-    "queue",
-    "not_before",
-    "retries",
-    "retry_delay",
-    "timeout",
-    "flow_control",
-    "redact",
-    "submission_number",
-    "submission_tries",
-    "first_tried_at",
-    "claim_token",
-    "claimed_until",
-)
 
-Submission = tuple[LLMRequest, Message]
+class _Excerpt(NamedTuple):
+    pk: int
+    uuid: uuids.UUID
+    provider: str
+    model: str
+    messages: list[Any]
+    parameters: dict[str, Any]
+    labels: list[str]
+    queue: str
+    not_before: datetime | None
+    retries: int | None
+    retry_delay: str
+    timeout: int | None
+    flow_control: dict[str, Any]
+    redact: list[str]
+    submission_number: int
+    submission_tries: int
+    first_tried_at: datetime | None
+    claim_token: uuids.UUID
+    claimed_until: datetime | None
+
+
+class Claimed(OverTheWire, _Excerpt):
+    """What the outbox needs of a row. Making the whole row of it would take as long as all the rest."""
+
+    __slots__ = ()
+
+
+Submission = tuple[Claimed, Message]
 
 
 @dataclass
@@ -118,28 +124,25 @@ class Outbox:
             self.cancel_meanwhile(claimed)
         return taken
 
-    def claim(self, count: int) -> list[LLMRequest]:
+    def claim(self, count: int) -> list[Claimed]:
         """Take ``count`` due rows for ourselves, oldest first."""
         token, now = uuids.uuid4(), self.clock()
         with transaction.atomic(using=self.using):
-            free: Any = self.due().order_by("id").values_list("pk", flat=True)
+            free = self.due().order_by("id")
             if connections[self.using].features.has_select_for_update_skip_locked:
-                # Read first: PostgreSQL may run a subquery that skips what is locked several
-                # times over, and then takes more than ``count``.
-                free = list(free.select_for_update(skip_locked=True)[:count])
-            else:
-                # One statement that finds and takes: nobody can come between.
-                free = free[:count]
-            self.due().filter(pk__in=free).update(
+                free = free.select_for_update(skip_locked=True)
+            ids = list(free.values_list("pk", flat=True)[:count])
+            # Guarded again: on SQLite without IMMEDIATE two readers see the same free rows.
+            self.due().filter(pk__in=ids).update(
                 claim_token=token,
                 claimed_until=now + timedelta(seconds=CLAIM_SECONDS),
                 submission_tries=F("submission_tries") + 1,
                 first_tried_at=Coalesce("first_tried_at", now),
             )
-        # What is not needed here is half of a row, and reading it half of the time.
-        return list(self.rows.filter(claim_token=token).only(*_SUBMITTED_FIELDS).order_by("id"))
+        ours = self.rows.filter(pk__in=ids, claim_token=token).order_by("id")
+        return [Claimed(*row) for row in ours.values_list(*Claimed._fields)]
 
-    def settle_stale(self, claimed: Sequence[LLMRequest]) -> list[LLMRequest]:
+    def settle_stale(self, claimed: Sequence[Claimed]) -> list[Claimed]:
         """Drop from ``claimed`` what QStash turns out to have.
 
         Within the deduplication window the same id makes a second submission harmless. After it,
@@ -161,18 +164,18 @@ class Outbox:
                 self.record([(llm_request, Accepted(entries[0].message_id))])
                 continue
             now, number = self.clock(), llm_request.submission_number + 1
-            self.rows.filter(pk=llm_request.pk).update(submission_number=number, first_tried_at=now)
-            llm_request.submission_number, llm_request.first_tried_at = number, now
-            to_submit.append(llm_request)
+            anew = {"submission_number": number, "first_tried_at": now}
+            if self.claimed([llm_request]).update(**anew):
+                to_submit.append(llm_request._replace(**anew))
         return to_submit
 
-    def compose(self, llm_requests: Sequence[LLMRequest]) -> Iterator[Submission]:
+    def compose(self, llm_requests: Sequence[Claimed]) -> Iterator[Submission]:
         """Each row as QStash's message. A row that cannot become one fails, with the reason."""
         composer = Composer()
         for llm_request in llm_requests:
             try:
                 if not (llm_request.provider and llm_request.model):
-                    self.prepare(llm_request)
+                    llm_request = self.prepare(llm_request)
                 yield llm_request, composer.message(llm_request)
             except (
                 InvalidRequest,
@@ -183,12 +186,13 @@ class Outbox:
             ) as error:
                 self.fail(llm_request, "cannot_submit", str(error))
 
-    def prepare(self, llm_request: LLMRequest) -> None:
+    def prepare(self, claimed: Claimed) -> Claimed:
         """What ``save`` does. ``bulk_create`` and fixtures go round it."""
+        filled_in = ("provider", "model", "messages", "parameters", "labels", "retries", "timeout")
+        llm_request = self.rows.get(pk=claimed.pk)
         llm_request.prepare()
-        llm_request.save(
-            using=self.using, update_fields=["provider", "model", "retries", "timeout", "labels"]
-        )
+        llm_request.save(using=self.using, update_fields=filled_in)
+        return claimed._replace(**{name: getattr(llm_request, name) for name in filled_in})
 
     def chunks(self, submissions: Iterator[Submission]) -> Iterator[list[Submission]]:
         """Groups that fit one call, by count and by bytes."""
@@ -238,7 +242,7 @@ class Outbox:
                 self.hand_in([submission])
 
     def put_back(
-        self, llm_requests: Sequence[LLMRequest], error: QStashError, *, was_sent: bool
+        self, llm_requests: Sequence[Claimed], error: QStashError, *, was_sent: bool
     ) -> None:
         """Back to pending, to be tried later with the same deduplication id."""
         problem = app_settings().without_secrets(clean_text(str(error), limit=500))
@@ -260,22 +264,22 @@ class Outbox:
         rows.pending().update(submit_after=submit_after, error=problem)
         rows.update(claim_token=None, claimed_until=None)
 
-    def claimed(self, llm_requests: Sequence[LLMRequest]) -> LLMRequestQuerySet:
+    def claimed(self, llm_requests: Sequence[Claimed]) -> LLMRequestQuerySet:
         """These rows, as far as our claim on them still holds."""
         return self.rows.filter(
             pk__in=[row.pk for row in llm_requests], claim_token=llm_requests[0].claim_token
         )
 
-    def fail(self, llm_request: LLMRequest, code: str, error: str) -> None:
+    def fail(self, llm_request: Claimed, code: str, error: str) -> None:
         """No submission will succeed. Said only of a row that is still pending and ours."""
         with transaction.atomic(using=self.using):
             claimed = self.claimed([llm_request])
             is_ours = claimed.pending().update(claim_token=None, claimed_until=None)
-            if is_ours and llm_request.fail(code, error, now=self.clock()):
+            if is_ours and self.rows.get(pk=llm_request.pk).fail(code, error, now=self.clock()):
                 ring_on_commit(Bell.ANNOUNCE, self.using)
             claimed.update(claim_token=None, claimed_until=None)
 
-    def record(self, outcomes: Sequence[tuple[LLMRequest, Accepted | Refused]]) -> None:
+    def record(self, outcomes: Sequence[tuple[Claimed, Accepted | Refused]]) -> None:
         """Write down QStash's answers: ids in one update, refusals one by one."""
         accepted = [(row, answer) for row, answer in outcomes if isinstance(answer, Accepted)]
         for row, answer in outcomes:
@@ -288,11 +292,11 @@ class Outbox:
             accepted[0][0],
         )
         if request_submitted.has_listeners(LLMRequest):
-            for row, answer in accepted:
-                row.state, row.qstash_message_id = State.SUBMITTED, answer.message_id
-                request_submitted.send_robust(LLMRequest, llm_request=row)
+            submitted = self.rows.filter(pk__in=[row.pk for row, _ in accepted])
+            for llm_request in submitted.order_by("id"):
+                request_submitted.send_robust(LLMRequest, llm_request=llm_request)
 
-    def write_message_ids(self, ids: Sequence[tuple[int, str]], claimed: LLMRequest) -> None:
+    def write_message_ids(self, ids: Sequence[tuple[int, str]], claimed: Claimed) -> None:
         """``pending -> submitted`` for many rows at once, guarded by our claim.
 
         By hand, because ``bulk_update`` costs more than the HTTP calls. A callback may have come
@@ -323,7 +327,7 @@ class Outbox:
                     [(message_id, now, pk, claim) for pk, message_id in ids],
                 )
 
-    def cancel_meanwhile(self, llm_requests: Sequence[LLMRequest]) -> None:
+    def cancel_meanwhile(self, llm_requests: Sequence[Claimed]) -> None:
         """What somebody cancelled while it was on its way is cancelled at QStash too."""
         first, last = llm_requests[0], llm_requests[-1]
         # Asked of every claim and nearly always for nothing, so it must be cheap: no list of keys.
@@ -355,7 +359,7 @@ class Composer:
         self.callback_base = app_settings().callback_url("").removesuffix("/")
         self.shared: dict[tuple[object, ...], Options] = {}
 
-    def message(self, llm_request: LLMRequest) -> Message:
+    def message(self, llm_request: Claimed) -> Message:
         name = llm_request.provider
         if name not in self.providers:
             self.providers[name] = get_provider(name)
@@ -372,7 +376,7 @@ class Composer:
             label=llm_request.wire_label,
         )
 
-    def options(self, row: LLMRequest, provider: Provider) -> Options:
+    def options(self, row: Claimed, provider: Provider) -> Options:
         # A moment of its own is the one thing that would fill this without being shared.
         if row.not_before is not None:
             return row.options(provider.headers)

@@ -152,7 +152,57 @@ class LLMRequestQuerySet(models.QuerySet["LLMRequest"]):
         return llm_request
 
 
-class LLMRequest(models.Model):
+class OverTheWire:
+    """What QStash is told of a request; shared by the row and by the outbox's excerpt of it."""
+
+    if TYPE_CHECKING:
+        uuid: Any
+        labels: Any
+        redact: Any
+        flow_control: Any
+        not_before: Any
+        retries: Any
+        retry_delay: Any
+        timeout: Any
+        submission_number: Any
+        claimed_until: Any
+
+    @property
+    def claimed_at(self) -> datetime | None:
+        if self.claimed_until is None:
+            return None
+        claimed_at: datetime = self.claimed_until - timedelta(seconds=CLAIM_SECONDS)
+        return claimed_at
+
+    @property
+    def deduplication_id(self) -> str:
+        return f"{self.uuid}-{self.submission_number}"
+
+    @property
+    def wire_label(self) -> str:
+        """The label by which this request is found in QStash's logs and dead letters."""
+        return f"{RESERVED_LABEL}{self.uuid}"
+
+    def options(self, headers: Mapping[str, str] | None = None) -> Options:
+        """How QStash is to deliver it. ``headers`` are the provider's, with its key."""
+        secret = tuple(f"header[{name}]" for name in headers or ())
+        callback = Options(retries=app_settings().callback_retries)
+        return Options(
+            content_type="application/json",
+            headers=headers or {},
+            not_before=self.not_before and _aware(self.not_before),
+            retries=self.retries,
+            retry_delay=self.retry_delay,
+            timeout=self.timeout,
+            callback=callback,
+            failure_callback=callback,
+            flow_control=FlowControl(**self.flow_control) if self.flow_control else None,
+            labels=tuple(self.labels),
+            redact=(*secret, *(self.redact or ())),
+        )
+
+
+class LLMRequest(OverTheWire, models.Model):
     """One thing asked of a model."""
 
     uuid = models.UUIDField(_("uuid"), default=uuids.uuid4, unique=True, editable=False)
@@ -315,11 +365,6 @@ class LLMRequest(models.Model):
                 name="llm_request_unannounced",
                 condition=Q(announced_at=None, state__in=["completed", "failed"]),
             ),
-            models.Index(
-                fields=["claim_token"],
-                name="llm_request_claimed",
-                condition=Q(claim_token__isnull=False),
-            ),
         )
 
     def __str__(self) -> str:
@@ -466,40 +511,9 @@ class LLMRequest(models.Model):
 
     # --- what goes over the wire ---
 
-    @property
-    def claimed_at(self) -> datetime | None:
-        return self.claimed_until and self.claimed_until - timedelta(seconds=CLAIM_SECONDS)
-
-    @property
-    def deduplication_id(self) -> str:
-        return f"{self.uuid}-{self.submission_number}"
-
-    @property
-    def wire_label(self) -> str:
-        """The label by which this request is found in QStash's logs and dead letters."""
-        return f"{RESERVED_LABEL}{self.uuid}"
-
     def body(self) -> bytes:
         """What the provider is sent."""
         return get_provider(self.provider).body(self.model, self.messages, self.parameters)
-
-    def options(self, headers: Mapping[str, str] | None = None) -> Options:
-        """How QStash is to deliver it. ``headers`` are the provider's, with its key."""
-        secret = tuple(f"header[{name}]" for name in headers or ())
-        callback = Options(retries=app_settings().callback_retries)
-        return Options(
-            content_type="application/json",
-            headers=headers or {},
-            not_before=self.not_before and _aware(self.not_before),
-            retries=self.retries,
-            retry_delay=self.retry_delay,
-            timeout=self.timeout,
-            callback=callback,
-            failure_callback=callback,
-            flow_control=FlowControl(**self.flow_control) if self.flow_control else None,
-            labels=tuple(self.labels),
-            redact=(*secret, *(self.redact or ())),
-        )
 
     # --- what happens to it: each verb an update guarded by the state it leaves ---
 

@@ -166,25 +166,15 @@ class Options:
         headers.pop("Upstash-Label", None)
         return headers
 
-    def batch_item_parts(self, destination: str) -> tuple[str, str]:
-        """What the items of a batch share, as JSON encoded once for all of them.
-
-        An item up to its own headers, then the labels as the inside of a string.
-        """
-        parts = self._batch_item_parts.get(destination)
-        if parts is None:
-            headers = json.dumps(self._shared_headers, separators=(",", ":"))[1:-1]
-            head = f'{{"destination":{json.dumps(destination)},"headers":{{{headers}'
-            parts = (head, json.dumps(",".join(self.labels))[1:-1])
-            # Destinations are few; should they be many, the default options would keep them all.
-            if len(self._batch_item_parts) >= 64:
-                self._batch_item_parts.clear()
-            self._batch_item_parts[destination] = parts
-        return parts
+    @cached_property
+    def shared_json(self) -> str:
+        """The headers that all messages with these options share, as the inside of a JSON object."""
+        return json.dumps(self._shared_headers, separators=(",", ":"))[1:-1]
 
     @cached_property
-    def _batch_item_parts(self) -> dict[str, tuple[str, str]]:
-        return {}
+    def labels_json(self) -> str:
+        """The labels as the inside of a JSON string."""
+        return json.dumps(",".join(self.labels))[1:-1]
 
     def wire_headers(self) -> dict[str, str]:
         """``to_headers`` with the Content-Type, which travels as itself, and without the labels."""

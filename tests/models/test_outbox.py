@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import uuid
 from collections.abc import Callable
@@ -392,6 +393,27 @@ def test_message_id_longer_than_the_column_is_cut(outbox: Outbox, qstash: FakeQS
     assert (row.state, len(row.qstash_message_id)) == ("submitted", 255)
 
 
+@pytest.mark.parametrize("status", [400, 401, 500])
+def test_keys_that_qstash_repeats_are_in_no_row_and_no_log(
+    outbox: Outbox,
+    qstash: FakeQStash,
+    settings: Any,
+    caplog: pytest.LogCaptureFixture,
+    status: int,
+) -> None:
+    [row] = ask()
+    secrets = f"{settings.QSTASH_TOKEN} sk-canary-0123456789 \x00"
+    qstash.answer = answers(status, secrets)
+    caplog.set_level(logging.DEBUG)
+    outbox.submit()
+    row.refresh_from_db()
+    assert "[redacted]" in row.error
+    kept = row.error + caplog.text + repr(LLMRequest.objects.values().get())
+    assert "canary" not in kept
+    assert settings.QSTASH_TOKEN not in kept
+    assert "\x00" not in kept
+
+
 # --- claims ---
 
 
@@ -497,6 +519,19 @@ def test_stale_row_waits_while_the_logs_cannot_be_asked(
     row.refresh_from_db()
     assert (row.state, row.submission_number, row.first_tried_at) == ("pending", 1, NOW)
     assert [call.split()[0] for call in qstash.calls] == ["POST", "GET"]
+
+
+def test_late_look_up_of_an_old_claimant_makes_no_new_submission(
+    outbox: Outbox, qstash: FakeQStash, clock: Clock
+) -> None:
+    stale_row(outbox, qstash, clock)
+    claimed = outbox.claim(1)
+    clock.forward(minutes=6)
+    Outbox(clock=clock).submit()
+    before = LLMRequest.objects.values().get()
+    assert outbox.settle_stale(claimed) == []
+    assert LLMRequest.objects.values().get() == before
+    assert len(qstash.messages) == 1
 
 
 def test_row_that_never_left_is_not_looked_up(
