@@ -162,9 +162,10 @@ def _check_callback_url(in_force: conf.AppSettings) -> list[CheckMessage]:
 
 def _is_ours(path: str) -> bool:
     try:
-        return resolve(path).view_name == "django_qstash_llm:callback"
+        match = resolve(path)
     except Resolver404:
         return False
+    return match.url_name == "callback" and "django_qstash_llm" in match.app_names
 
 
 def _check_providers(in_force: conf.AppSettings) -> list[CheckMessage]:

@@ -44,7 +44,11 @@ _writing_back: ContextVar[frozenset[tuple[str, Any]]] = ContextVar(
 
 
 class Trigger:
-    """What to ask when a model is saved. Register it with ``@register(Model)``."""
+    """What to ask when a model is saved. Register it with ``@register(Model)``.
+
+    Writing the answer back does not fire the same trigger again. It fires the others of that
+    model, so that one may work on what another wrote: two without conditions would never stop.
+    """
 
     model: ClassVar[str] = ""
     """The LLM's wire name; empty is ``DEFAULT_MODEL``."""

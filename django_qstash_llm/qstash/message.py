@@ -175,7 +175,7 @@ def _invalid_destination(problem: str) -> InvalidOption:
 
 
 class JSONText(bytes):
-    """JSON as ``json.dumps`` writes it by default: ASCII without control characters.
+    """JSON as ``dump`` writes it: UTF-8, and no control character that is not escaped.
 
     A body of this type can be put inside a batch's JSON by escaping two characters, which is a
     fourth of the cost of encoding it as a string that might hold anything.
@@ -183,8 +183,15 @@ class JSONText(bytes):
 
     @classmethod
     def dump(cls, value: Any) -> Self:
-        """Raises ``TypeError`` or ``ValueError`` for what JSON cannot hold."""
-        return cls(json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii"))
+        """Raises ``TypeError`` or ``ValueError`` for what JSON cannot hold.
+
+        Not escaped to ASCII: that would double the weight of most of the world's writing.
+        """
+        text = json.dumps(value, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+        try:
+            return cls(text.encode())
+        except UnicodeEncodeError:  # half a surrogate pair can only be said escaped
+            return cls(json.dumps(value, separators=(",", ":")).encode())
 
 
 def _escaped(body: bytes) -> bytes:

@@ -26,7 +26,13 @@ from typing import Any
 
 import httpcore
 import httpx
-from django.db import DatabaseError, InterfaceError, close_old_connections, connections
+from django.db import (
+    DatabaseError,
+    InterfaceError,
+    OperationalError,
+    close_old_connections,
+    connections,
+)
 from django.utils import timezone
 
 from ..qstash import Keys, sign
@@ -135,7 +141,7 @@ class Engine:
         self._bell.set()
 
     def _is_more_due(self, end: float) -> bool:
-        return time.monotonic() < end and Message.objects.due(self.clock()).exists()
+        return time.monotonic() < end and Message.objects.is_anything_due(self.clock())
 
     def _round(self) -> None:
         self._write_down_what_ended()
@@ -180,13 +186,15 @@ class Engine:
         with suppress(queue.Empty):
             while True:
                 message, outcome = self._ended.get_nowait()
+                # Should it break below, its lease ends and it is tried again.
+                del self._in_flight[message.message_id]
                 try:
                     is_ours = message.record(outcome, now=self.clock())
-                except (DatabaseError, InterfaceError):
+                except (OperationalError, InterfaceError):
                     # An answer that was paid for: keep it until the database is back.
+                    self._in_flight[message.message_id] = message
                     self._ended.put((message, outcome))
                     raise
-                del self._in_flight[message.message_id]
                 if not is_ours:
                     logger.warning("%s was taken over by another engine", message.message_id)
 

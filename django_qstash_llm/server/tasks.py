@@ -42,7 +42,7 @@ def sweep() -> None:
     what is too old."""
     now = timezone.now()
     release_claims_of_the_dead(now)
-    if Message.objects.due(now).exists() or Message.objects.in_line().exists():
+    if Message.objects.is_anything_due(now) or Message.objects.in_line().exists():
         doorbell.ring()
     settings = conf.current()
     old_letters = DeadLetter.objects.filter(

@@ -345,7 +345,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
         "MAX_BODY_BYTES is 1000000",
     ),
     (
-        {"messages": [{"role": "user", "content": "é" * 170_000}]},
+        {"messages": [{"role": "user", "content": "é" * 500_001}]},
         "messages",
         "MAX_BODY_BYTES",
     ),

@@ -68,6 +68,10 @@ class MessageQuerySet(models.QuerySet["Message"]):
     def due(self, now: datetime) -> MessageQuerySet:
         return self.filter(due_at__lte=now).filter(_HELD_BY_NO_PAUSE)
 
+    def is_anything_due(self, now: datetime) -> bool:
+        # Ordered, so that a planner without fresh statistics takes the index, not the table.
+        return bool(self.due(now).order_by("due_at").values_list("pk", flat=True)[:1])
+
     def in_line(self) -> MessageQuerySet:
         """In a queue and not begun."""
         return self.unfinished().filter(queue__isnull=False, due_at__isnull=True)
@@ -151,7 +155,7 @@ class MessageQuerySet(models.QuerySet["Message"]):
         """
         claimed: list[Message] = []
         # A look first: on SQLite the transaction below locks out every writer.
-        if self.due(now).exists():
+        if self.is_anything_due(now):
             with transaction.atomic():
                 rows = self.due(now).order_by("due_at", "pk").select_related("queue")
                 locked = rows.select_for_update(skip_locked=True, of=("self",))[:limit]
@@ -246,9 +250,12 @@ class MessageQuerySet(models.QuerySet["Message"]):
     def _finish_cancelled(self, rows: list[Message], *, now: datetime) -> None:
         if not rows:
             return
+        with_secrets = [row for row in rows if row.headers != redaction.scrubbed(row.headers)]
         for row in rows:
             row.end(Message.State.CANCELED, now=now)
-        Message.objects.bulk_update(rows, Message.ENDING, batch_size=100)
+        ended = {name: getattr(rows[0], name) for name in Message.ENDING if name != "headers"}
+        Message.objects.filter(pk__in=[row.pk for row in rows]).update(**ended)
+        Message.objects.bulk_update(with_secrets, ["headers"], batch_size=100)
         canceled = LogEntry.State.CANCELED
         LogEntry.objects.tell(*(LogEntry.of(row, canceled, now=now) for row in rows))
 
@@ -304,7 +311,9 @@ class Message(models.Model):
         "self", models.SET_NULL, null=True, blank=True, related_name="callbacks"
     )
     """Whose attempt a callback tells of."""
-    queue = models.ForeignKey(Queue, models.PROTECT, null=True, blank=True, related_name="+")
+    queue = models.ForeignKey(
+        Queue, models.PROTECT, null=True, blank=True, related_name="+", db_index=False
+    )
 
     url = models.TextField()
     method = models.CharField(max_length=10)
@@ -352,6 +361,11 @@ class Message(models.Model):
                 fields=["queue"],
                 name="qstash_server_started",
                 condition=Q(finished_at__isnull=True, queue__isnull=False, due_at__isnull=False),
+            ),
+            models.Index(
+                fields=["source"],
+                name="qstash_server_telling",
+                condition=Q(due_at__isnull=False, source__isnull=False),
             ),
             models.Index(
                 fields=["finished_at"],
@@ -544,24 +558,25 @@ class Message(models.Model):
             response_body=outcome.body,
             error=outcome.error,
         )
-        self._tell(outcome, self.Kind.CALLBACK, now)
-        self._tell(outcome, self.Kind.FAILURE_CALLBACK, now, dlq_id=letter.dlq_id)
+        callbacks = self._callback(outcome, self.Kind.CALLBACK, now)
+        callbacks += self._callback(outcome, self.Kind.FAILURE_CALLBACK, now, letter.dlq_id)
+        self._tell(
+            callbacks,
+            now,
+            LogEntry.of(self, LogEntry.State.ERROR, now=now, outcome=outcome),
+            LogEntry.of(self, LogEntry.State.FAILED, now=now, outcome=outcome),
+        )
         self.end(self.State.FAILED, now=now, keeps_secrets=True)
         self.save(update_fields=self.ENDING)
-        self._log(LogEntry.State.ERROR, now, outcome)
-        self._log(LogEntry.State.FAILED, now, outcome)
 
-    def _log(
-        self,
-        state: LogEntry.State,
-        now: datetime,
-        outcome: Outcome | None = None,
-        next_delivery_at: datetime | None = None,
-    ) -> None:
-        LogEntry.of(self, state, now=now, outcome=outcome, next_delivery_at=next_delivery_at).save()
+    def _tell(self, callbacks: list[Message], now: datetime, *entries: LogEntry) -> None:
+        """Whoever asked, and the log: in the transaction that ends the attempt."""
+        Message.objects.insert(callbacks, now=now, after=entries)
 
-    def _tell(self, outcome: Outcome, kind: Message.Kind, now: datetime, dlq_id: str = "") -> None:
-        """The callback: a message of its own, in the transaction that ends the attempt."""
+    def _callback(
+        self, outcome: Outcome, kind: Message.Kind, now: datetime, dlq_id: str = ""
+    ) -> list[Message]:
+        """The message that tells of an attempt, if somebody asked for it."""
         wire, options = self.wire, self.wire.options
         url, how = wire.callback, options.callback
         if kind == self.Kind.FAILURE_CALLBACK:
