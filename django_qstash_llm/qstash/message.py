@@ -195,9 +195,7 @@ class JSONText(bytes):
 
 
 def _escaped(body: bytes) -> bytes:
-    """``body`` as the inside of a JSON string."""
-    if type(body) is JSONText:
-        return body.replace(b"\\", b"\\\\").replace(b'"', b'\\"')
+    """Any body as the inside of a JSON string."""
     try:
         return json.dumps(body.decode())[1:-1].encode("ascii")
     except UnicodeDecodeError as error:
@@ -210,29 +208,39 @@ def batch_body(messages: Sequence[Message]) -> bytes:
     With a dictionary per item, building and encoding costs more than the HTTP call. What is put
     between quotes unescaped here, ``Message`` has checked.
     """
-    parts: list[bytes] = []
-    options, destination, shared = None, "", ""
+    parts = [b"["] if messages else []
+    options, destination, shared, labels = None, "", "", ""
     for message in messages:
         if message.options is not options or message.destination != destination:
             options, destination = message.options, message.destination
             comma = "," if options.shared_json else ""
             shared = f'{{"destination":{json.dumps(destination)},"headers":{{{options.shared_json}{comma}'
-        label = message.label
-        if label and options.labels:
-            label = f"{label},{options.labels_json}"
-        if label and message.deduplication_id and message.callback and message.failure_callback:
+            labels = f",{options.labels_json}" if options.labels else ""
+        unique, callback, failure = (
+            message.deduplication_id,
+            message.callback,
+            message.failure_callback,
+        )
+        if message.label and unique and callback and failure:
             # What our app always gives, as one string: this line is most of a submission's cost.
             head = (
-                f'{shared}"Upstash-Deduplication-Id":"{message.deduplication_id}",'
-                f'"Upstash-Callback":"{message.callback}",'
-                f'"Upstash-Failure-Callback":"{message.failure_callback}","Upstash-Label":"{label}"'
+                f'{shared}"Upstash-Deduplication-Id":"{unique}","Upstash-Callback":"{callback}",'
+                f'"Upstash-Failure-Callback":"{failure}","Upstash-Label":"{message.label}{labels}"}},'
+                '"body":"'
             )
         else:
             own = json.dumps(message._own_headers(), separators=(",", ":"))[1:-1]
-            head = f"{shared}{own}".removesuffix(",")
-        queue = f',"queue":"{message.queue}"' if message.queue else ""
-        parts += (f'{head}}}{queue},"body":"'.encode(), _escaped(message.body), b'"},')
-    return b"[" + b"".join(parts)[:-1] + b"]"
+            head = f"{shared}{own}".removesuffix(",") + '},"body":"'
+        body = message.body
+        if type(body) is JSONText:
+            escaped = body.replace(b"\\", b"\\\\").replace(b'"', b'\\"')
+        else:
+            escaped = _escaped(body)
+        end = f'","queue":"{message.queue}"}},'.encode() if message.queue else b'"},'
+        parts += (head.encode(), escaped, end)
+    # In place: what is joined here is large, and each further copy of it shows.
+    parts[-1:] = [parts[-1][:-1], b"]"] if parts else [b"[]"]
+    return b"".join(parts)
 
 
 def read_answer(answer: Any) -> Answer:
@@ -247,10 +255,11 @@ def read_answers(answers: Sequence[Any]) -> list[Answer]:
     How it words a refusal among them is not documented, so whatever names no message is one:
     the ids of the others must not be lost over it.
     """
+    # Nearly every answer is {"messageId": …} alone. A named tuple's own constructor is Python and
+    # costs three times as much as the tuple's.
+    new = tuple.__new__
     return [
-        # Nearly every answer is {"messageId": …} alone. A named tuple's own constructor is Python
-        # and costs three times as much as the tuple's.
-        tuple.__new__(Accepted, (message_id, False, ""))
+        new(Accepted, (message_id, False, ""))
         if type(answer) is dict
         and len(answer) == 1
         and type(message_id := answer.get("messageId")) is str
