@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from django.db.models.signals import post_save
@@ -13,6 +14,7 @@ from django.db.models.signals import post_save
 from django_qstash_llm import providers, triggers
 from django_qstash_llm.conf import OUR_NAMES, UPSTASH_NAMES, AppSettings
 from django_qstash_llm.models import LLMRequest
+from django_qstash_llm.server.conf import KNOWN, ServerSettings
 from testproject.articles.models import Article
 
 from .wire import FakeQStash
@@ -33,16 +35,28 @@ def rows_of_table(heading: str) -> dict[str, list[str]]:
     return {row[0].strip("`"): row for row in rows}
 
 
-def test_every_setting_is_there_with_its_default() -> None:
-    documented = rows_of_table("Ours are keys of the dictionary")
+@pytest.mark.parametrize(
+    ("heading", "settings", "names"),
+    [
+        ("Ours are keys of the dictionary", AppSettings, OUR_NAMES),
+        ("The server's are keys of the dictionary", ServerSettings, KNOWN),
+    ],
+)
+def test_every_setting_is_there_with_its_default(
+    heading: str, settings: Any, names: dict[str, Any]
+) -> None:
     defaults = {
         f.name.upper(): f.default_factory() if callable(f.default_factory) else f.default
-        for f in dataclasses.fields(AppSettings)
-        if f.name.upper() in OUR_NAMES
+        for f in dataclasses.fields(settings)
+        if f.name.upper() in names
+    }
+    documented = {
+        name.strip("`"): row[2].strip("`")
+        for names, row in rows_of_table(heading).items()
+        for name in names.split(", ")
     }
     assert documented.keys() == defaults.keys()
-    for name, row in documented.items():
-        shown = row[2].strip("`")
+    for name, shown in documented.items():
         assert (ast.literal_eval(shown) if shown else "") == defaults[name], name
 
 
