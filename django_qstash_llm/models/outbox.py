@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from django.db import connections, transaction
-from django.db.models import F, Q
+from django.db.models import Exists, F, Min, OuterRef, Q
 from django.db.models.functions import Coalesce
 from django.utils import timezone
 
@@ -26,7 +26,6 @@ from ..exceptions import ConfigurationError, InvalidRequest
 from ..providers import Provider, get_provider
 from ..qstash import (
     Accepted,
-    AuthenticationError,
     Client,
     InvalidOption,
     Message,
@@ -49,8 +48,11 @@ DEDUPLICATION_WINDOW = timedelta(minutes=8)
 """QStash remembers a deduplication id for 10 minutes. We stop relying on it a little earlier."""
 LONGEST_PAUSE = 300.0
 """Seconds between two tries to submit, at most."""
-# Answers that say nothing about a message, only about us or the hour.
-_NOT_THE_MESSAGE = (AuthenticationError, RateLimited)
+TRIES_IN_DOUBT = 20
+"""More than an hour: as long as a worker may be without a provider that the site already names."""
+# Refusals that a message deserves. Every other says something about us, the way or the hour.
+_ABOUT_THE_MESSAGE = {400, 412, 413, 422}
+_CANNOT_BE_COMPOSED = (InvalidRequest, InvalidOption, ConfigurationError, TypeError, ValueError)
 
 
 class _Excerpt(NamedTuple):
@@ -84,6 +86,16 @@ class Claimed(OverTheWire, _Excerpt):
 Submission = tuple[Claimed, Message]
 
 
+class _Standstill(Exception):
+    """No further call of this claim makes sense now. ``error`` is None when only time ran out."""
+
+    def __init__(self, error: QStashError | None, sent: Sequence[Claimed] = ()) -> None:
+        super().__init__(error)
+        self.error = error
+        self.sent = sent
+        """What QStash may have all the same."""
+
+
 @dataclass
 class Outbox:
     """Submits the pending rows of one database."""
@@ -100,12 +112,14 @@ class Outbox:
         return qstash_client()
 
     def due(self) -> LLMRequestQuerySet:
-        """Pending, not being submitted by anybody, and not told to wait."""
+        """Pending, not being submitted by anybody, not told to wait, nor behind one in its queue
+        that is."""
         now = self.clock()
-        return self.rows.pending().filter(
-            Q(claimed_until=None) | Q(claimed_until__lt=now),
-            Q(submit_after=None) | Q(submit_after__lte=now),
-        )
+        is_free = Q(claimed_until=None) | Q(claimed_until__lt=now)
+        may_go = Q(submit_after=None) | Q(submit_after__lte=now)
+        before_it = self.rows.pending().filter(queue=OuterRef("queue"), pk__lt=OuterRef("pk"))
+        is_next = Q(queue="") | ~Exists(before_it.exclude(is_free, may_go))
+        return self.rows.pending().filter(is_free, may_go, is_next)
 
     def submit(self, *, limit: int = 2000) -> int:
         """Submit up to ``limit`` due rows; answers how many were taken. Never raises for a row.
@@ -119,10 +133,22 @@ class Outbox:
             if not claimed:
                 break
             taken += len(claimed)
-            for chunk in self.chunks(self.compose(self.settle_stale(claimed))):
-                self.hand_in(chunk)
-            self.cancel_meanwhile(claimed)
+            if not self.hand_over(claimed):
+                break
         return taken
+
+    def hand_over(self, claimed: Sequence[Claimed]) -> bool:
+        """Submit what is claimed. Whether it makes sense to go on with more."""
+        try:
+            for chunk in self.chunks(self.compose(self.settle_stale(claimed))):
+                self.check_claim(claimed)
+                self.hand_in(chunk)
+        except _Standstill as standstill:
+            self.stand_still(claimed, standstill)
+            return False
+        finally:
+            self.cancel_meanwhile(claimed)
+        return True
 
     def claim(self, count: int) -> list[Claimed]:
         """Take ``count`` due rows for ourselves, oldest first."""
@@ -130,8 +156,8 @@ class Outbox:
         with transaction.atomic(using=self.using):
             free = self.due().order_by("id")
             if connections[self.using].features.has_select_for_update_skip_locked:
-                free = free.select_for_update(skip_locked=True)
-            ids = list(free.values_list("pk", flat=True)[:count])
+                free = free.select_for_update(skip_locked=True, of=("self",))
+            ids = self.in_order(list(free.values_list("pk", "queue")[:count]))
             # Guarded again: on SQLite without IMMEDIATE two readers see the same free rows.
             self.due().filter(pk__in=ids).update(
                 claim_token=token,
@@ -141,6 +167,31 @@ class Outbox:
             )
         ours = self.rows.filter(pk__in=ids, claim_token=token).order_by("id")
         return [Claimed(*row) for row in ours.values_list(*Claimed._fields)]
+
+    def in_order(self, free: list[tuple[int, str]]) -> list[int]:
+        """The keys of ``free`` without those whose queue has an earlier row that is not among them.
+
+        ``due`` leaves out what it can see; another outbox's claim that is not committed it cannot.
+        """
+        first: dict[str, int] = {}
+        for pk, queue in free:
+            first.setdefault(queue, pk)
+        first.pop("", None)
+        if not first:
+            return [pk for pk, _ in free]
+        waiting = self.rows.pending().filter(queue__in=first).order_by()
+        earliest = dict(waiting.values_list("queue").annotate(Min("pk")))
+        overtaking = {queue for queue, pk in first.items() if earliest.get(queue, pk) < pk}
+        return [pk for pk, queue in free if queue not in overtaking]
+
+    def check_claim(self, claimed: Sequence[Claimed]) -> None:
+        """Begin no call in the second half of a claim: it could end after the claim does.
+
+        A process that was paused must not send what another has taken over since.
+        """
+        claimed_at = claimed[0].claimed_at
+        if claimed_at and self.clock() > claimed_at + timedelta(seconds=CLAIM_SECONDS / 2):
+            raise _Standstill(None)
 
     def settle_stale(self, claimed: Sequence[Claimed]) -> list[Claimed]:
         """Drop from ``claimed`` what QStash turns out to have.
@@ -155,10 +206,11 @@ class Outbox:
             if first_tried_at is None or first_tried_at > oldest:
                 to_submit.append(llm_request)
                 continue
+            self.check_claim(claimed)
             try:
                 entries = self.client.logs(label=llm_request.wire_label, count=1).items
             except QStashError as error:
-                self.put_back([llm_request], error, was_sent=True)
+                self.put_back([llm_request], str(error), self.pause([llm_request]))
                 continue
             if entries:
                 self.record([(llm_request, Accepted(entries[0].message_id))])
@@ -177,14 +229,18 @@ class Outbox:
                 if not (llm_request.provider and llm_request.model):
                     llm_request = self.prepare(llm_request)
                 yield llm_request, composer.message(llm_request)
-            except (
-                InvalidRequest,
-                InvalidOption,
-                ConfigurationError,
-                TypeError,
-                ValueError,
-            ) as error:
-                self.fail(llm_request, "cannot_submit", str(error))
+            except _CANNOT_BE_COMPOSED as error:
+                self.doubt_or_fail(llm_request, error)
+
+    def doubt_or_fail(self, llm_request: Claimed, error: Exception) -> None:
+        """It cannot become a message. While that may be this worker's settings, it waits."""
+        is_ours = isinstance(error, ConfigurationError)
+        is_ours |= isinstance(error, InvalidRequest) and error.field == "provider"
+        if is_ours and llm_request.submission_tries < TRIES_IN_DOUBT:
+            self.never_sent([llm_request])
+            self.put_back([llm_request], str(error), self.pause([llm_request]))
+        else:
+            self.fail(llm_request, "cannot_submit", str(error))
 
     def prepare(self, claimed: Claimed) -> Claimed:
         """What ``save`` does. ``bulk_create`` and fixtures go round it."""
@@ -221,7 +277,7 @@ class Outbox:
             if [] in answers:
                 raise TransportError("QStash's answer is an empty list", is_ambiguous=True)
         except TransportError as error:
-            self.put_back(llm_requests, error, was_sent=error.is_ambiguous)
+            raise _Standstill(error, sent=llm_requests if error.is_ambiguous else ()) from error
         except ResponseError as error:
             self.take_refusal(chunk, error)
         else:
@@ -232,37 +288,52 @@ class Outbox:
     def take_refusal(self, chunk: Sequence[Submission], error: ResponseError) -> None:
         """QStash refused the whole call."""
         llm_requests = [row for row, _ in chunk]
-        if error.is_ambiguous or isinstance(error, _NOT_THE_MESSAGE):
-            self.put_back(llm_requests, error, was_sent=error.is_ambiguous)
-        elif len(chunk) == 1:
+        if error.status not in _ABOUT_THE_MESSAGE:
+            raise _Standstill(error, sent=llm_requests if error.is_ambiguous else ()) from error
+        if len(chunk) == 1:
             self.fail(llm_requests[0], f"qstash_{error.status}", str(error))
-        else:
-            # One of them is the culprit; the others must not suffer for it.
-            for submission in chunk:
-                self.hand_in([submission])
+            return
+        # One of them is the culprit; the others must not suffer for it.
+        for submission in chunk:
+            self.check_claim(llm_requests)
+            self.hand_in([submission])
 
-    def put_back(
-        self, llm_requests: Sequence[Claimed], error: QStashError, *, was_sent: bool
-    ) -> None:
-        """Back to pending, to be tried later with the same deduplication id."""
-        problem = app_settings().without_secrets(clean_text(str(error), limit=500))
-        logger.warning("%d requests could not be submitted: %s", len(llm_requests), problem)
-        now = self.clock()
-        tries = max(row.submission_tries for row in llm_requests)
-        pause = min(LONGEST_PAUSE, 2.0 ** min(tries, 10)) * random.uniform(1.0, 1.2)  # noqa: S311
-        submit_after = now + timedelta(seconds=pause)
+    def stand_still(self, claimed: Sequence[Claimed], standstill: _Standstill) -> None:
+        """QStash takes nothing at the moment: what is due waits, and is not tried row by row."""
+        sent = {row.pk for row in standstill.sent}
+        self.never_sent([row for row in claimed if row.pk not in sent])
+        error = standstill.error
+        if error is None:
+            self.claimed(claimed).update(claim_token=None, claimed_until=None)
+            return
+        pause = self.pause(standstill.sent or claimed, error)
+        self.put_back(claimed, str(error), pause)
+        self.due().update(submit_after=self.clock() + pause)
+
+    def never_sent(self, llm_requests: Sequence[Claimed]) -> None:
+        """They never arrived, so this try has not opened their deduplication window."""
+        opened = [row.pk for row in llm_requests if row.first_tried_at == row.claimed_at]
+        if opened:
+            self.claimed(llm_requests).filter(pk__in=opened).update(first_tried_at=None)
+
+    def pause(self, llm_requests: Sequence[Claimed], error: QStashError | None = None) -> timedelta:
+        """How long to wait before the next try."""
         if isinstance(error, RateLimited) and error.reset is not None:
             # Whatever it says: at least a second, at most a day.
-            seconds = min(max(error.reset - now.timestamp(), 1.0), 86_400.0)
-            submit_after = now + timedelta(seconds=seconds)
+            seconds = error.reset - self.clock().timestamp()
+            return timedelta(seconds=min(max(seconds, 1.0), 86_400.0))
+        tries = min(max(row.submission_tries for row in llm_requests), 10)
+        jitter = random.uniform(1.0, 1.2)  # noqa: S311
+        return timedelta(seconds=min(LONGEST_PAUSE, 2.0**tries) * jitter)
+
+    def put_back(self, llm_requests: Sequence[Claimed], problem: str, pause: timedelta) -> None:
+        """Back to pending, to be tried later with the same deduplication id."""
+        problem = app_settings().without_secrets(clean_text(problem, limit=500))
         rows = self.claimed(llm_requests)
-        if not was_sent:
-            # It never arrived, so this try has not opened the deduplication window.
-            opened = [row.pk for row in llm_requests if row.first_tried_at == row.claimed_at]
-            rows.filter(pk__in=opened).update(first_tried_at=None)
         # Its callback may have come, or somebody have cancelled it: then there is no later.
-        rows.pending().update(submit_after=submit_after, error=problem)
+        put_back = rows.pending().update(submit_after=self.clock() + pause, error=problem)
         rows.update(claim_token=None, claimed_until=None)
+        logger.warning("%d requests could not be submitted: %s", put_back, problem)
 
     def claimed(self, llm_requests: Sequence[Claimed]) -> LLMRequestQuerySet:
         """These rows, as far as our claim on them still holds."""

@@ -15,7 +15,7 @@ from django.test import override_settings
 
 from django_qstash_llm.exceptions import ConfigurationError
 from django_qstash_llm.models import LLMRequest
-from django_qstash_llm.models.outbox import Outbox
+from django_qstash_llm.models.outbox import TRIES_IN_DOUBT, Outbox
 from django_qstash_llm.models.request import State
 from django_qstash_llm.qstash import Callback, Message
 from tests.conftest import ANSWER
@@ -190,7 +190,7 @@ def test_bulk_created_row_that_cannot_be_asked_fails_alone(outbox: Outbox) -> No
     assert "messages" in bad.error
 
 
-def test_row_whose_provider_was_removed_fails_alone_and_says_so(
+def test_row_whose_provider_this_worker_lacks_waits_alone_and_says_so(
     outbox: Outbox, settings: Any
 ) -> None:
     ask(2)
@@ -199,8 +199,14 @@ def test_row_whose_provider_was_removed_fails_alone_and_says_so(
     settings.QSTASH_LLM = settings.QSTASH_LLM | {"PROVIDERS": providers}
     outbox.submit()
     gone.refresh_from_db()
-    assert states() == {"submitted": 2, "failed": 1}
-    assert (gone.error_code, gone.claim_token) == ("cannot_submit", None)
+    assert states() == {"submitted": 2, "pending": 1}
+    assert (gone.claim_token, gone.first_tried_at) == (None, None)
+    assert "anthropic" in gone.error
+    # An hour later it is no worker that was deployed late.
+    LLMRequest.objects.update(submission_tries=TRIES_IN_DOUBT, submit_after=None)
+    outbox.submit()
+    gone.refresh_from_db()
+    assert (gone.state, gone.error_code) == ("failed", "cannot_submit")
     assert "anthropic" in gone.error
 
 
@@ -452,14 +458,73 @@ def test_late_failure_of_an_old_claimant_changes_nothing(
     outbox: Outbox, qstash: FakeQStash, clock: Clock, answer: Callable[..., Any]
 ) -> None:
     ask()
-    [submission] = outbox.compose(outbox.claim(1))
-    clock.forward(minutes=6)
-    Outbox(clock=clock).submit()
-    before = LLMRequest.objects.values().get()
+    before = {}
+
+    def taken_over_meanwhile(request: httpx.Request) -> httpx.Response:
+        clock.forward(minutes=6)
+        qstash.answer = None
+        Outbox(clock=clock).submit()
+        before.update(LLMRequest.objects.values().get())
+        return answer(request)
+
+    qstash.answer = taken_over_meanwhile
+    outbox.submit()
     assert before["state"] == "submitted"
-    qstash.answer = answer
-    outbox.hand_in([submission])
     assert LLMRequest.objects.values().get() == before
+
+
+def test_old_claimant_that_was_paused_sends_nothing(
+    outbox: Outbox, qstash: FakeQStash, clock: Clock
+) -> None:
+    ask(3)
+    claimed = outbox.claim(3)
+    clock.forward(minutes=9)
+    Outbox(clock=clock).submit()
+    before = list(LLMRequest.objects.values())
+    calls = len(qstash.calls)
+    outbox.hand_over(claimed)
+    assert len(qstash.calls) == calls
+    assert list(LLMRequest.objects.values()) == before
+
+
+def test_qstash_that_takes_nothing_is_asked_once_for_all(
+    outbox: Outbox, qstash: FakeQStash, settings: Any, clock: Clock
+) -> None:
+    settings.QSTASH_LLM = settings.QSTASH_LLM | {"BATCH_SIZE": 10}
+    ask(100)
+    qstash.answer = answers(503)
+    outbox.submit()
+    assert outbox.submit() == 0
+    assert len(qstash.calls) == 1
+    qstash.answer = None
+    clock.forward(seconds=10)
+    assert outbox.submit() == 100
+    assert states() == {"submitted": 100}
+
+
+@pytest.mark.parametrize("status", [308, 404, 408])
+def test_refusal_that_is_not_about_the_message_fails_nobody(
+    outbox: Outbox, qstash: FakeQStash, status: int
+) -> None:
+    ask(3)
+    qstash.answer = answers(status)
+    outbox.submit()
+    assert states() == {"pending": 3}
+    assert str(status) in LLMRequest.objects.earliest("id").error
+
+
+def test_queue_keeps_its_order_over_two_outboxes_and_a_put_back(
+    outbox: Outbox, qstash: FakeQStash, clock: Clock
+) -> None:
+    rows = [LLMRequest.objects.enqueue(MESSAGES, queue="line") for _ in range(4)]
+    apart = LLMRequest.objects.enqueue(MESSAGES, queue="other")
+    [first] = outbox.claim(1)
+    second = Outbox(clock=clock)
+    assert [row.pk for row in second.claim(10)] == [apart.pk]
+    outbox.put_back([first], "not now", timedelta(minutes=1))
+    assert second.claim(10) == []
+    clock.forward(minutes=2)
+    assert [row.pk for row in second.claim(10)] == [row.pk for row in rows]
 
 
 def test_late_failure_of_an_old_claimant_leaves_the_new_claim_alone(
@@ -529,7 +594,7 @@ def test_late_look_up_of_an_old_claimant_makes_no_new_submission(
     clock.forward(minutes=6)
     Outbox(clock=clock).submit()
     before = LLMRequest.objects.values().get()
-    assert outbox.settle_stale(claimed) == []
+    outbox.hand_over(claimed)
     assert LLMRequest.objects.values().get() == before
     assert len(qstash.messages) == 1
 
