@@ -11,7 +11,6 @@ from uuid import UUID
 from django.apps.config import AppConfig
 from django.conf import settings
 from django.core.checks import CheckMessage, Error, Tags, Warning, register
-from django.db import connections
 from django.urls import Resolver404, resolve
 
 from . import conf
@@ -100,6 +99,9 @@ def _check_prices(in_force: conf.AppSettings) -> list[CheckMessage]:
 
 
 def _check_token(in_force: conf.AppSettings) -> list[CheckMessage]:
+    if not in_force.qstash_url.startswith(("http://", "https://")):
+        problem = f"QSTASH_URL is {in_force.qstash_url!r}, not an http(s) URL."
+        return [_serious(problem, hint=f"As in {conf.UPSTASH_URL}.", id="E009")]
     if in_force.qstash_token:
         return []
     hint = (
@@ -217,27 +219,20 @@ def check_celery(app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> list
     return []
 
 
-@register(Tags.database)
-def check_sqlite(
-    app_configs: Sequence[AppConfig] | None, databases: Sequence[str] | None = None, **kwargs: Any
-) -> list[CheckMessage]:
-    """Only when Django checks databases: ``migrate`` does, and ``check --database default``."""
-    problems: list[CheckMessage] = []
-    for alias in databases or ():
-        connection = connections[alias]
-        if connection.vendor != "sqlite":
-            continue
-        options = connection.settings_dict.get("OPTIONS", {})
-        if str(options.get("transaction_mode", "")).upper() != "IMMEDIATE":
-            problems.append(
-                Warning(
-                    f"The SQLite database {alias!r} is not set up for several writers: "
-                    "'database is locked' will lose callbacks.",
-                    hint=f"'OPTIONS': {SQLITE_OPTIONS!r}",
-                    id=f"{ID}.W004",
-                )
-            )
-    return problems
+@register(Tags.compatibility)
+def check_sqlite(app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> list[CheckMessage]:
+    """Read off the settings: no database is asked."""
+    return [
+        Warning(
+            f"The SQLite database {alias!r} is not set up for several writers: "
+            "'database is locked' will lose callbacks.",
+            hint=f"'OPTIONS': {SQLITE_OPTIONS!r}",
+            id=f"{ID}.W004",
+        )
+        for alias, database in settings.DATABASES.items()
+        if str(database.get("ENGINE", "")).endswith("sqlite3")
+        and str(database.get("OPTIONS", {}).get("transaction_mode", "")).upper() != "IMMEDIATE"
+    ]
 
 
 SQLITE_OPTIONS = {

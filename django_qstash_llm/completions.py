@@ -76,10 +76,14 @@ def read_completion(body: bytes) -> Completion:
         # OpenRouter and others say it with status 200.
         code, message = read_error(body)
         raise UnreadableCompletion(
-            code or "error", message or "the provider answered with an error"
+            code or "error",
+            message or "the provider answered with an error",
+            usage=read_usage(answer.get("usage")),
         )
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        raise UnreadableCompletion("no_choices", "the answer has no choices")
+        raise UnreadableCompletion(
+            "no_choices", "the answer has no choices", usage=read_usage(answer.get("usage"))
+        )
     return _read_openai(answer, choices[0])
 
 
@@ -204,7 +208,7 @@ def read_usage(usage: Any) -> Usage:
         cached_tokens=next((n for each in cached if (n := _count(each)) is not None), None),
         cache_write_tokens=_count(input_details.get("cache_write_tokens")),
         reasoning_tokens=_count(output_details.get("reasoning_tokens")),
-        reported_cost=_money(usage.get("cost")),
+        reported_cost=_reported_cost(usage),
         raw=raw,
     )
 
@@ -241,6 +245,15 @@ def _count(value: Any) -> int | None:
         isinstance(value, int) and not isinstance(value, bool) and 0 <= value < WIDEST_INTEGER
     )
     return value if is_sound else None
+
+
+def _reported_cost(usage: Mapping[str, Any]) -> Decimal | None:
+    cost = _money(usage.get("cost"))
+    if not usage.get("is_byok"):
+        return cost
+    # OpenRouter with one's own key: its fee, and beside it what the key's owner pays.
+    upstream = _money(_dict(usage, "cost_details").get("upstream_inference_cost"))
+    return None if cost is None or upstream is None else cost + upstream
 
 
 def _money(value: Any) -> Decimal | None:

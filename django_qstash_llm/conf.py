@@ -120,6 +120,8 @@ class AppSettings:
             raise ConfigurationError(
                 "QSTASH_CURRENT_SIGNING_KEY is not set or too short: no callback could be believed."
             )
+        if not self.qstash_url.startswith(("http://", "https://")):
+            raise ConfigurationError(f"QSTASH_URL is {self.qstash_url!r}, not an http(s) URL.")
         self.callback_url("")
 
 
@@ -210,8 +212,9 @@ def forget_settings(*, setting: str, **kwargs: object) -> None:
 def from_env(env: environ.Env) -> dict[str, Any]:
     """The settings as a project usually keeps them in its environment, for ``settings.py``::
 
-        env = environ.Env()
-        globals().update(django_qstash_llm.conf.from_env(env))
+        from django_qstash_llm.conf import from_env
+
+        globals().update(from_env(environ.Env()))
 
     Reads Upstash's names, ``QSTASH_LLM_<KEY>`` for our plain settings, and a provider for each of
     ``OPENAI_API_KEY`` (with ``OPENAI_BASE_URL``, ``OPENAI_ORGANIZATION``) and ``ANTHROPIC_API_KEY``
@@ -221,10 +224,13 @@ def from_env(env: environ.Env) -> dict[str, Any]:
     read = env.ENVIRON.get
     upstash = {name: read(name) for name in UPSTASH_NAMES if read(name)}
     ours: dict[str, Any] = {}
-    for f in dataclasses.fields(AppSettings):
-        name = f"QSTASH_LLM_{f.name.upper()}"
-        if name in env.ENVIRON and f.name.upper() in OUR_NAMES:
-            ours[f.name.upper()] = _parse(env, name, str(f.type))
+    kinds = {f.name.upper(): str(f.type) for f in dataclasses.fields(AppSettings)}
+    prefix = "QSTASH_LLM_"
+    for name in sorted(env.ENVIRON):
+        if name.startswith(prefix):
+            # One that we do not know is kept, and reported by the check of unknown keys.
+            key = name.removeprefix(prefix)
+            ours[key] = _parse(env, name, kinds.get(key, ""))
     providers: dict[str, dict[str, str]] = {}
     if read("OPENAI_API_KEY"):
         providers["openai"] = {"API_KEY": read("OPENAI_API_KEY", "")}
@@ -240,6 +246,13 @@ def from_env(env: environ.Env) -> dict[str, Any]:
 
 
 def _parse(env: environ.Env, name: str, kind: str) -> Any:
+    try:
+        return _typed(env, name, kind)
+    except ValueError as error:
+        raise ConfigurationError(f"{name} in the environment: {error}") from error
+
+
+def _typed(env: environ.Env, name: str, kind: str) -> Any:
     if kind.startswith("int"):
         return env.int(name)
     if kind.startswith("float"):

@@ -11,6 +11,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from django.core.exceptions import ImproperlyConfigured
 
 
@@ -39,7 +41,9 @@ class IllegalState(QStashLLMError):
 class UnreadableCompletion(QStashLLMError, ValueError):
     """A provider's answer that cannot be read as a completion."""
 
-    def __init__(self, code: str, problem: str) -> None:
+    def __init__(self, code: str, problem: str, *, usage: Any = None) -> None:
         super().__init__(problem)
+        self.usage = usage
+        """The ``Usage`` it tells of all the same: it has to be paid for."""
         self.code = code
         """One word: ``truncated``, ``not_json``, ``empty``, ``no_choices``, or the provider's own."""

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 MILLION = Decimal(1_000_000)
 _ABSURD = Decimal(10_000_000)
+_STANDARD_TIERS = {"", "auto", "default", "standard"}
 HOSTED_PRICE = Decimal("0.3")
 """USD per million tokens of Upstash's hosted models, input and output alike."""
 
@@ -57,16 +58,24 @@ class Cost:
 
 
 def cost_of(
-    provider: str, model: str, usage: Usage, *, at: datetime, answered_by: str = ""
+    provider: str,
+    model: str,
+    usage: Usage,
+    *,
+    at: datetime,
+    answered_by: str = "",
+    service_tier: str = "",
 ) -> Cost | None:
-    """The cost of a completion, or None when it cannot be known.
+    """The cost of a completion, or None when it cannot be known. Never raises.
 
     ``model`` is the one asked for and ``answered_by`` the one that answered, which prices better:
-    it carries the version.
+    it carries the version. Our prices are the standard tier's.
     """
+    if usage.reported_cost is None and service_tier not in _STANDARD_TIERS:
+        return None
     cost = _known_cost(provider, model, usage, at, answered_by)
     # No column holds it, and nobody has paid it.
-    return cost if cost and cost.amount < _ABSURD else None
+    return cost if cost and 0 <= cost.amount < _ABSURD else None
 
 
 def _known_cost(
@@ -106,13 +115,18 @@ def _price_in_settings(provider: str, model: str) -> Price | None:
 
 def read_price(name: str, given: Mapping[str, Any]) -> Price:
     """An entry of ``QSTASH_LLM["PRICES"]``. Raises ``ConfigurationError``."""
+    problem = (
+        f"QSTASH_LLM['PRICES'][{name!r}] is {given!r}: give 'input' and 'output', and if they "
+        "differ 'cached' and 'cache_write', in USD per million tokens."
+    )
     try:
-        return Price(**{kind: Decimal(str(amount)) for kind, amount in given.items()})
+        amounts = {kind: Decimal(str(amount)) for kind, amount in given.items()}
+        price = Price(**amounts)
     except (TypeError, AttributeError, InvalidOperation) as error:
-        raise ConfigurationError(
-            f"QSTASH_LLM['PRICES'][{name!r}] is {given!r}: give 'input' and 'output', and if they "
-            "differ 'cached' and 'cache_write', in USD per million tokens."
-        ) from error
+        raise ConfigurationError(problem) from error
+    if not all(amount.is_finite() and 0 <= amount < _ABSURD for amount in amounts.values()):
+        raise ConfigurationError(problem)
+    return price
 
 
 def _genai_prices_cost(provider: str, model: str, usage: Usage, at: datetime) -> Cost | None:
@@ -122,6 +136,7 @@ def _genai_prices_cost(provider: str, model: str, usage: Usage, at: datetime) ->
         from genai_prices import calc_price
     except ImportError:
         return None
+    base_url = app_settings().providers.get(provider, {}).get("BASE_URL")
     if Price(MILLION, MILLION).cost(usage) is None:
         return None  # unknown, or more from the cache than there was
     try:
@@ -133,7 +148,8 @@ def _genai_prices_cost(provider: str, model: str, usage: Usage, at: datetime) ->
                 cache_write_tokens=usage.cache_write_tokens,
             ),
             model,
-            provider_id=provider,
+            # An entry that is reached elsewhere has that place's prices, whatever its name.
+            **({"provider_api_url": base_url} if base_url else {"provider_id": provider}),
             genai_request_timestamp=at,
         )
     except (LookupError, ValueError):

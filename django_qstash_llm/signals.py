@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from django.dispatch import Signal
 
-# QStash took it. Arguments: llm_request. Sent at least once.
+# QStash took it. Arguments: llm_request. Sent once its id is written, and not again after a crash.
 request_submitted = Signal()
 
 # The answer is there. Arguments: llm_request. In one transaction with the mark that it was sent.

@@ -100,11 +100,14 @@ class Trigger:
         if self.queue:
             asked["queue"] = self.queue
         with transaction.atomic(using=rows.db):
+            # Two saves at once ask one after the other, so that the second sees the first's question.
+            watched = type(instance)._base_manager.using(using).filter(pk=instance.pk)
+            list(watched.select_for_update(of=("self",)).values_list("pk"))
             same = next((row for row in earlier if row.messages == messages), None)
             if same is not None:
                 return same
             # Asked before anybody read it: an answer to the older text would be paid for nothing.
-            earlier.pending().filter(claim_token=None).update(
+            earlier.pending().filter(claim_token=None, first_tried_at=None).update(
                 state=State.CANCELLED, finished_at=timezone.now()
             )
             new: LLMRequest = getattr(rows, via)(
@@ -163,13 +166,11 @@ def unannounced(using: str) -> LLMRequestQuerySet:
 def announce(using: str, *, limit: int = 500) -> int:
     """Tell triggers and receivers of up to ``limit`` finished requests; answers how many."""
     keys = list(unannounced(using).order_by("id").values_list("pk", flat=True)[:limit])
-    for pk in keys:
-        _announce_one(using, pk)
-    return len(keys)
+    return sum([_announce_one(using, pk) for pk in keys])
 
 
-def _announce_one(using: str, pk: int) -> None:
-    """Once: the mark is in the transaction in which the user's code runs."""
+def _announce_one(using: str, pk: int) -> bool:
+    """Whether it was told, or failed to be. Once: the mark is in the transaction in which the user's code runs."""
     rows = LLMRequest.objects.using(using)
     try:
         with transaction.atomic(using=using):
@@ -178,7 +179,7 @@ def _announce_one(using: str, pk: int) -> None:
                 lockable = lockable.select_for_update(skip_locked=True, of=("self",))
             llm_request = lockable.first()
             if llm_request is None:
-                return  # another worker is telling it, or has told it
+                return False  # another worker is telling it, or has told it
             rows.filter(pk=pk).update(announced_at=timezone.now(), announce_error="")
             _tell(llm_request, using)
     # User code may raise anything, and the next request must be told all the same.
@@ -190,6 +191,7 @@ def _announce_one(using: str, pk: int) -> None:
             announce_after=timezone.now() + timedelta(seconds=5 * 4**tries),
             announce_error=clean_text(f"{type(error).__name__}: {error}", limit=2000),
         )
+    return True
 
 
 def _tell(llm_request: LLMRequest, using: str) -> None:

@@ -25,7 +25,7 @@ from .qstash import Callback, EnvelopeError, SignatureError
 logger = logging.getLogger(__name__)
 
 # SQLite's driver and Django's fields refuse some of it before any database sees it.
-_UNSTORABLE = (DataError, IntegrityError, ValueError, ArithmeticError)
+_UNSTORABLE = (DataError, IntegrityError, OverflowError, UnicodeError)
 
 
 class OwnRenderer(BaseContentNegotiation):
@@ -86,9 +86,8 @@ class CallbackView(APIView):
                 )
         except (DatabaseError, InterfaceError):
             logger.exception("Callback for %s could not be stored; QStash will repeat it", uuid)
-            return Response(
-                {"error": "database unavailable"}, status=503, headers={"Retry-After": "5"}
-            )
+            # No Retry-After: QStash's own back-off outlasts an outage, five quick repeats do not.
+            return Response({"error": "database unavailable"}, status=503)
         return Response({"stored": True})
 
 

@@ -180,7 +180,6 @@ def test_environment_is_read_with_its_types() -> None:
             QSTASH_LLM_CALLBACK_BASE_URL="https://example.com/llm",
             QSTASH_LLM_FORMER_CALLBACK_BASE_URLS="https://a,https://b",
             QSTASH_LLM_PRICES='{"openai/m": {"input": "1", "output": "2"}}',
-            QSTASH_LLM_QSTASH_TOKEN="not here",
             OPENAI_API_KEY="$sk",
             OPENAI_BASE_URL="https://proxy.example/v1",
             OPENAI_ORGANIZATION="org",
@@ -209,6 +208,20 @@ def test_environment_is_read_with_its_types() -> None:
     }
     with override_settings(**given):
         assert app_settings().retries == 5
+
+
+def test_environment_that_cannot_be_read_names_the_variable() -> None:
+    with pytest.raises(ConfigurationError, match="QSTASH_LLM_RETRIES in the environment"):
+        from_env(env(QSTASH_LLM_RETRIES="abc"))
+
+
+def test_misspelt_variable_is_kept_for_the_check_to_report() -> None:
+    given = from_env(env(QSTASH_LLM_DEFAULT_MODLE="x"))
+    with (
+        override_settings(**given),
+        pytest.raises(ConfigurationError, match="Did you mean 'DEFAULT_MODEL'"),
+    ):
+        app_settings()
 
 
 def test_providers_given_whole_win_over_single_keys() -> None:

@@ -144,6 +144,13 @@ def test_without_the_costs_extra_a_model_is_unpriced() -> None:
     assert cost_of("openai", "gpt-4o-mini", USAGE, at=AT) is None
 
 
+@pytest.fixture
+def at_its_own_place(settings: Any) -> None:
+    providers = {"openai": {"API_KEY": "sk-x"}}
+    settings.QSTASH_LLM = settings.QSTASH_LLM | {"PROVIDERS": providers}
+
+
+@pytest.mark.usefixtures("at_its_own_place")
 class TestWithTheCostsExtra:
     @pytest.fixture(autouse=True)
     def _extra(self) -> None:

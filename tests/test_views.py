@@ -513,7 +513,9 @@ def test_unavailable_database_is_503_and_qstash_comes_again(
 ) -> None:
     with somebody_else_holds_the_database():
         response = post_callback(llm_request, body)
-    assert (response.status_code, response.headers["Retry-After"]) == (503, "5")
+    assert response.status_code == 503
+    # QStash's own back-off outlasts an outage; five repeats a few seconds apart would not.
+    assert "Retry-After" not in response.headers
     assert CallbackResponse.objects.count() == 0
     assert post_callback(llm_request, body).status_code in {200, 489}
     assert CallbackResponse.objects.count() == 1

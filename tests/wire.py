@@ -82,6 +82,9 @@ class FakeQStash:
                 {"path": path, "headers": headers, "body": request.content.decode()}
             )
             return httpx.Response(400 if "error" in answer else 200, json=answer)
+        if path == "/v2/messages" and request.url.params.get("label"):
+            self.cancelled.append(request.url.params["label"])
+            return httpx.Response(202, json={"cancelled": 1})
         if path.startswith("/v2/messages") and request.method == "DELETE":
             ids = (
                 json.loads(request.content)["messageIds"]

@@ -31,6 +31,7 @@ class BatchQuerySet(models.QuerySet["Batch"]):
         item, as in ``items[7].messages``.
         """
         app_settings().check_ready()
+        self._for_write = True  # for self.db: not the replica that reads would go to
         if not isinstance(items, list | tuple) or not items:
             raise InvalidRequest("items", "give a list of at least one dictionary")
         check_saved("user", user, self.model)

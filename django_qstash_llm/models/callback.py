@@ -18,10 +18,10 @@ from django.utils import timezone
 from django.utils.translation import gettext_lazy as _
 
 from ..cleaning import clean_json, clean_text
-from ..completions import decompress, read_completion, read_error
+from ..completions import Usage, decompress, read_completion, read_error
 from ..conf import app_settings
 from ..exceptions import UnreadableCompletion
-from ..pricing import cost_of
+from ..pricing import Cost, cost_of
 from ..qstash import Callback
 from .doorbell import Bell, ring_on_commit
 from .request import LLMRequest
@@ -61,6 +61,7 @@ class CallbackResponseQuerySet(models.QuerySet["CallbackResponse"]):
 
         The same one again only counts ``seen_count``. Everything happens in one transaction.
         """
+        self._for_write = True  # for self.db: not the replica that reads would go to
         callback = replace(callback, body=_plain(callback.body))
         with transaction.atomic(using=self.db):
             # Locking the request puts the callbacks of one request in a row.
@@ -87,6 +88,7 @@ class CallbackResponseQuerySet(models.QuerySet["CallbackResponse"]):
 
     def quarantine(self, envelope: bytes, *, uuid: UUID, problem: str, now: datetime) -> None:
         """Keep a signed envelope that cannot be read, once, for a person to look at."""
+        self._for_write = True
         digest = hashlib.sha256(envelope).hexdigest()
         with transaction.atomic(using=self.db):
             receipt, is_new = self.get_or_create(
@@ -165,6 +167,8 @@ class CallbackResponse(models.Model):
             has_changed = self._fail(llm_request, callback)
         else:
             has_changed = False
+            if self.attempt == llm_request.attempts:  # the latest known: any order ends the same
+                llm_request.note_problem(self._words(callback))
         if has_changed:
             ring_on_commit(Bell.ANNOUNCE, self._state.db or "default")
 
@@ -174,28 +178,43 @@ class CallbackResponse(models.Model):
         except UnreadableCompletion as error:
             problem = "; ".join(filter(None, (self.problem, str(error))))
             type(self).objects.using(self._state.db).filter(pk=self.pk).update(problem=problem)
-            return llm_request.fail(error.code, str(error), now=self.received_at)
-        cost = cost_of(
+            has_failed = llm_request.fail(error.code, str(error), now=self.received_at)
+            if error.usage:
+                llm_request.note_spending(error.usage, self._cost(llm_request, error.usage))
+            return has_failed
+        cost = self._cost(llm_request, completion.usage, completion.model, completion.service_tier)
+        if llm_request.complete(completion, cost, now=self.received_at):
+            return True
+        # Cancelled in the meantime: nobody reads the answer, and it has to be paid for.
+        llm_request.note_spending(completion.usage, cost)
+        return False
+
+    def _cost(
+        self, llm_request: LLMRequest, usage: Usage, answered_by: str = "", tier: str = ""
+    ) -> Cost | None:
+        return cost_of(
             llm_request.provider,
             llm_request.model,
-            completion.usage,
+            usage,
             at=self.received_at,
-            answered_by=completion.model,
+            answered_by=answered_by,
+            service_tier=tier,
         )
-        return llm_request.complete(completion, cost, now=self.received_at)
 
     def _fail(self, llm_request: LLMRequest, callback: Callback) -> bool:
         if callback.dlq_id:
             llm_request.note_dead_letter(self.dead_letter_id)
-        code, message = read_error(callback.body)
-        if callback.status < 0:
-            code, message = "no_response", message or "the provider did not answer"
+        code = "no_response" if callback.status < 0 else read_error(callback.body)[0]
+        code = code or f"http_{callback.status}"
+        return llm_request.fail(code, self._words(callback), now=self.received_at)
+
+    def _words(self, callback: Callback) -> str:
+        """What the provider said, and when."""
+        message = read_error(callback.body)[1]
+        if not message and callback.status < 0:
+            message = "the provider did not answer"
         attempts = f"after {self.attempt} attempt{'s' * (self.attempt > 1)}"
-        return llm_request.fail(
-            code or f"http_{callback.status}",
-            f"{message or f'the provider answered {callback.status}'} ({attempts})",
-            now=self.received_at,
-        )
+        return f"{message or f'the provider answered {callback.status}'} ({attempts})"
 
 
 def _kept_fields(callback: Callback) -> dict[str, Any]:

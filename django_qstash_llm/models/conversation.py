@@ -10,7 +10,7 @@ from django.db import models
 from django.utils import timezone
 from django.utils.translation import gettext_lazy as _
 
-from .request import LLMRequest
+from .request import LLMRequest, State
 
 
 class Conversation(models.Model):
@@ -39,6 +39,8 @@ class Conversation(models.Model):
         """The messages so far, in the order they were asked: each question with its answer."""
         messages: list[dict[str, Any]] = []
         completed = self.llm_requests.completed().order_by("id")
+        # What was asked again and answered was said once.
+        completed = completed.exclude(resubmissions__state=State.COMPLETED)
         for asked, *said in completed.values_list("messages", "completion", "refusal"):
             answer = next(filter(None, said), "")
             if answer:  # a tool call says nothing, and providers refuse an empty message

@@ -26,6 +26,7 @@ from ..exceptions import ConfigurationError, InvalidRequest
 from ..providers import Provider, get_provider
 from ..qstash import (
     Accepted,
+    AuthenticationError,
     Client,
     InvalidOption,
     Message,
@@ -102,6 +103,10 @@ class Outbox:
 
     using: str = "default"
     clock: Callable[[], datetime] = timezone.now
+    submitted: int = 0
+    """How many rows QStash has taken from us so far."""
+    problem: str = ""
+    """Why the last ones that were put back were."""
 
     @property
     def rows(self) -> LLMRequestQuerySet:
@@ -307,7 +312,10 @@ class Outbox:
             self.claimed(claimed).update(claim_token=None, claimed_until=None)
             return
         pause = self.pause(standstill.sent or claimed, error)
-        self.put_back(claimed, str(error), pause)
+        advice = ""
+        if isinstance(error, AuthenticationError | TransportError):
+            advice = f" (QSTASH_URL is {app_settings().qstash_url}; check it and QSTASH_TOKEN.)"
+        self.put_back(claimed, f"{error}{advice}", pause)
         self.due().update(submit_after=self.clock() + pause)
 
     def never_sent(self, llm_requests: Sequence[Claimed]) -> None:
@@ -329,6 +337,7 @@ class Outbox:
     def put_back(self, llm_requests: Sequence[Claimed], problem: str, pause: timedelta) -> None:
         """Back to pending, to be tried later with the same deduplication id."""
         problem = app_settings().without_secrets(clean_text(problem, limit=500))
+        self.problem = problem
         rows = self.claimed(llm_requests)
         # Its callback may have come, or somebody have cancelled it: then there is no later.
         put_back = rows.pending().update(submit_after=self.clock() + pause, error=problem)
@@ -362,6 +371,7 @@ class Outbox:
             [(row.pk, clean_text(answer.message_id, limit=255)) for row, answer in accepted],
             accepted[0][0],
         )
+        self.submitted += len(accepted)
         if request_submitted.has_listeners(LLMRequest):
             submitted = self.rows.filter(pk__in=[row.pk for row, _ in accepted])
             for llm_request in submitted.order_by("id"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import uuid as uuids
@@ -22,7 +23,7 @@ from django.utils.functional import Promise
 from django.utils.translation import gettext_lazy as _
 
 from ..cleaning import DEEPEST, WIDEST_INTEGER, clean_json, clean_text
-from ..completions import Completion
+from ..completions import Completion, Usage
 from ..conf import app_settings, qstash_client
 from ..exceptions import IllegalState, InvalidRequest
 from ..providers import get_provider
@@ -42,8 +43,8 @@ MOST_RETRIES = 100
 RESERVED_LABEL = "llm-request-"
 """Labels that begin so are ours: by them a request is found again in QStash's logs."""
 MOST_MESSAGES = 10_000
-CLAIM_SECONDS = 300
-"""How long a claim of the outbox holds: longer than any call to QStash takes, retries included."""
+CLAIM_SECONDS = 120
+"""How long a claim of the outbox holds, and so how long a killed worker's rows wait for another."""
 
 
 class State(models.TextChoices):
@@ -91,8 +92,9 @@ class LLMRequestQuerySet(models.QuerySet["LLMRequest"]):
         return self.exclude(state__in=UNFINISHED)
 
     def unpriced(self) -> Self:
-        """Completed, and nobody can say what it cost."""
-        return self.completed().filter(cost=None)
+        """Answered, and nobody can say what it cost. Also where the answer came to nothing."""
+        is_answered = Q(state=State.COMPLETED) | Q(input_tokens__isnull=False)
+        return self.filter(is_answered, cost=None)
 
     def about(self, instance: models.Model) -> Self:
         """Asked about this instance of any model."""
@@ -146,6 +148,7 @@ class LLMRequestQuerySet(models.QuerySet["LLMRequest"]):
 
     def _ask(self, via: Via, messages: Any, asked: Mapping[str, Any]) -> LLMRequest:
         app_settings().check_ready()
+        self._for_write = True  # for self.db: not the replica that reads would go to
         refuse_via(asked)
         llm_request = self.model.compose(via=via, messages=messages, **asked)
         llm_request.save(using=self.db, force_insert=True)
@@ -441,6 +444,8 @@ class LLMRequest(OverTheWire, models.Model):
             raise InvalidRequest("delay", "QStash delays no enqueued message; publish it instead")
         if not is_integer(self.retries) or not 0 <= (self.retries or 0) <= MOST_RETRIES:
             raise InvalidRequest("retries", f"{self.retries!r} is not between 0 and {MOST_RETRIES}")
+        if isinstance(self.timeout, timedelta):
+            self.timeout = self.timeout.total_seconds()
         if self.timeout is not None:
             if not is_number(self.timeout) or not 1 <= self.timeout <= LONGEST_TIMEOUT:
                 raise InvalidRequest(
@@ -539,6 +544,11 @@ class LLMRequest(OverTheWire, models.Model):
         rows.filter(qstash_message_id="").update(qstash_message_id=receipt.source_message_id)
         self.refresh_from_db()
 
+    def note_problem(self, problem: str) -> None:
+        """What a person should see while the request waits. Its state stays what it is."""
+        problem = app_settings().without_secrets(clean_text(problem, limit=2000))
+        self._change(UNFINISHED, error=problem)
+
     def note_dead_letter(self, dead_letter_id: str) -> None:
         """QStash keeps it among its dead letters, from where it can be retried."""
         rows = type(self).objects.using(self._state.db).filter(pk=self.pk)
@@ -547,7 +557,6 @@ class LLMRequest(OverTheWire, models.Model):
 
     def complete(self, completion: Completion, cost: Cost | None, *, now: datetime) -> bool:
         """The answer is there. It wins over a failure that was told before it."""
-        usage = completion.usage
         return self._change(
             (State.PENDING, State.SUBMITTED, State.FAILED),
             state=State.COMPLETED,
@@ -558,18 +567,16 @@ class LLMRequest(OverTheWire, models.Model):
             finish_reason=completion.finish_reason,
             refusal=completion.refusal,
             tool_calls=completion.tool_calls,
-            input_tokens=usage.input_tokens,
-            output_tokens=usage.output_tokens,
-            cached_tokens=usage.cached_tokens,
-            cache_write_tokens=usage.cache_write_tokens,
-            reasoning_tokens=usage.reasoning_tokens,
-            usage=dict(usage.raw),
-            cost=cost and cost.amount,
-            cost_source=cost.source if cost else "",
             error_code="",
             error="",
+            **_spending(completion.usage, cost),
             **_NOT_ANNOUNCED,
         )
+
+    def note_spending(self, usage: Usage, cost: Cost | None) -> None:
+        """What an answer cost that nobody will read. Changes no state, and nothing known."""
+        rows = type(self).objects.using(self._state.db).filter(pk=self.pk)
+        rows.filter(cost=None, input_tokens=None).update(**_spending(usage, cost))
 
     def fail(self, code: str, error: str, *, now: datetime) -> bool:
         """No answer will come, and why."""
@@ -600,10 +607,13 @@ class LLMRequest(OverTheWire, models.Model):
             self._cancel_at_qstash()
 
     def _cancel_at_qstash(self) -> None:
-        if self.qstash_message_id:
-            # Not found: delivered or given up a moment ago. What it says will not be waited for.
-            with suppress(NotFound):
+        # Not found: delivered or given up a moment ago. What it says will not be waited for.
+        with suppress(NotFound):
+            if self.qstash_message_id:
                 qstash_client().cancel_message(self.qstash_message_id)
+            elif self.first_tried_at and self.claim_token is None:
+                # Sent once, and the answer lost: QStash may have it under an id we do not know.
+                qstash_client().cancel_messages_by(label=self.wire_label)
 
     def resubmit(self) -> LLMRequest:
         """Ask the same again, as a request of its own that names this one.
@@ -649,24 +659,38 @@ class LLMRequest(OverTheWire, models.Model):
         ring_on_commit(Bell.ANNOUNCE, self._state.db or "default")
 
     def is_superseded(self) -> bool:
-        """Whether the same trigger has asked about the same thing since."""
+        """Whether the same trigger has asked anew about the same thing since."""
         if not self.trigger or not self.object_id:
             return False
-        newer = (
-            type(self)
-            .objects.using(self._state.db)
-            .filter(
-                trigger=self.trigger,
-                content_type_id=self.content_type_id,
-                object_id=self.object_id,
-                pk__gt=self.pk,
-            )
-        )
-        return newer.exclude(state=State.CANCELLED).exists()
+        # A resubmission is as old as what it repeats.
+        asked: LLMRequest = self
+        while asked.resubmission_of is not None:
+            asked = asked.resubmission_of
+        rows = type(self).objects.using(self._state.db).exclude(state=State.CANCELLED)
+        return rows.filter(
+            trigger=self.trigger,
+            content_type_id=self.content_type_id,
+            object_id=self.object_id,
+            resubmission_of=None,
+            pk__gt=asked.pk,
+        ).exists()
 
     def answer_json(self) -> Any:
         """The completion read as JSON, for requests with a ``response_format``. Raises ``ValueError``."""
         return json.loads(self.completion)
+
+
+def _spending(usage: Usage, cost: Cost | None) -> dict[str, Any]:
+    return {
+        "input_tokens": usage.input_tokens,
+        "output_tokens": usage.output_tokens,
+        "cached_tokens": usage.cached_tokens,
+        "cache_write_tokens": usage.cache_write_tokens,
+        "reasoning_tokens": usage.reasoning_tokens,
+        "usage": dict(usage.raw),
+        "cost": cost and cost.amount,
+        "cost_source": cost.source if cost else "",
+    }
 
 
 _NOT_ANNOUNCED: dict[str, Any] = {
@@ -692,6 +716,8 @@ _ASKABLE = (
     "timeout",
     "redact",
 )
+# Parameters of some provider that only look like an argument of ours.
+_NOT_OURS = {"models", "label"}
 # Words that mean something to us elsewhere; passed through they would be silently ignored.
 _MISPLACED = {
     "label": "give labels=[…]",
@@ -712,7 +738,9 @@ def _askable_fields(cls: type[LLMRequest]) -> list[models.Field[Any, Any]]:
 def _as_delay(delay: float | timedelta) -> timedelta:
     seconds = delay.total_seconds() if isinstance(delay, timedelta) else delay
     if not is_number(seconds) or not 0 <= seconds <= LONGEST_DELAY:
-        raise InvalidRequest("delay", f"{delay!r} is not between 0 seconds and a year")
+        raise InvalidRequest(
+            "delay", f"{delay!r} is not between 0 and a year: give seconds or a timedelta"
+        )
     return timedelta(seconds=seconds)
 
 
@@ -779,6 +807,8 @@ def _check_messages(messages: Any) -> None:
                 f"messages[{index}].role", "missing; give 'system', 'user' or 'assistant'"
             )
         content = message.get("content")
+        if content == "" and (message["role"] == "tool" or message.get("tool_calls")):
+            continue  # a call that says nothing, or a tool that has nothing to say
         if content is None and message["role"] == "assistant" and len(message) > 1:
             continue  # a tool call, a refusal or audio stands in for the content
         if not isinstance(content, str | list | tuple | Promise) or not content:
@@ -798,6 +828,8 @@ def _check_parameters(parameters: Any) -> None:
         )
     for name, value in parameters.items():
         _check_json(name, value, depth=1)
+        if name not in _NOT_OURS and (close := difflib.get_close_matches(name, _ASKABLE, 1, 0.8)):
+            raise InvalidRequest(name, f"did you mean {close[0]!r}?")
     for name, remedy in _MISPLACED.items():
         if name in parameters:
             raise InvalidRequest(name, f"not a parameter of a completion: {remedy}")

@@ -81,6 +81,13 @@ class _Connection:
             extensions=self._extensions,
         )
 
+    def _transport_error(self, error: httpx.HTTPError) -> TransportError:
+        # str(error) may hold a URL with its query; its class says enough and is harmless.
+        return TransportError(
+            f"no answer from QStash: {type(error).__name__}",
+            is_ambiguous=not isinstance(error, _NOTHING_SENT),
+        )
+
     def _may_try_again(self, call: Call[T], error: TransportError, tries: int) -> bool:
         return tries <= self.retries and (call.is_repeatable or not error.is_ambiguous)
 
@@ -153,7 +160,7 @@ class Client(_Connection):
             finally:
                 response.close()
         except httpx.HTTPError as error:
-            raise _transport_error(error) from error
+            raise self._transport_error(error) from error
         return answer
 
     publish = _blocking(calls.publish)
@@ -245,7 +252,7 @@ class AsyncClient(_Connection):
             finally:
                 await response.aclose()
         except httpx.HTTPError as error:
-            raise _transport_error(error) from error
+            raise self._transport_error(error) from error
         return answer
 
     publish = _awaitable(calls.publish)
@@ -328,14 +335,6 @@ def _is_http_url(text: str) -> bool:
 def _pause_before(tries: int) -> float:
     """Seconds. The first retry is at once: most often a kept connection had gone stale."""
     return 0.0 if tries == 1 else 0.2 * 2.0 ** (tries - 2)
-
-
-def _transport_error(error: httpx.HTTPError) -> TransportError:
-    # str(error) may hold a URL with its query; the class and reason are enough and are harmless.
-    return TransportError(
-        f"no answer from QStash: {type(error).__name__}",
-        is_ambiguous=not isinstance(error, _NOTHING_SENT),
-    )
 
 
 def _read(call: Call[T], answer: _Answer) -> T:

@@ -15,6 +15,7 @@ from django.utils.safestring import SafeString
 from django.utils.translation import gettext_lazy as _
 from django.utils.translation import ngettext
 
+from ..qstash import InvalidOption
 from . import redaction
 from .exceptions import Refusal
 from .models import DeadLetter, LogEntry, Message, Queue
@@ -194,7 +195,7 @@ class DeadLetterAdmin(ReadOnlyAdmin):
         for letter in DeadLetter.objects.with_messages().filter(pk__in=rows.values("pk")):
             try:
                 letter.retry({}, now=timezone.now())
-            except Refusal as error:
+            except (InvalidOption, Refusal) as error:
                 self.message_user(request, f"{letter}: {error}", messages.ERROR)
             else:
                 count += 1

@@ -105,7 +105,7 @@ def given() -> dict[str, Any]:
 def current() -> ServerSettings:
     values = {name.lower(): value for name, value in given().items() if name in KNOWN}
     if settings.DEBUG:
-        values = _development_defaults(values) | values
+        values = _development_defaults(values | _overrides) | values
     return ServerSettings(**(values | _overrides))
 
 

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from copy import copy
 from datetime import datetime, timedelta
 from functools import cache, lru_cache
 from http.cookiejar import CookieJar, DefaultCookiePolicy
@@ -113,24 +114,18 @@ class Engine:
         # This thread is the caller's; the connection was ours.
         connections.close_all()
 
-    def drain(self, *, longest: float = 60.0) -> float | None:
-        """Deliver until nothing is due and nothing in flight. Answers the seconds until
-        something is due again, None for never; after ``longest`` nothing new is begun.
+    def drain(self) -> float | None:
+        """Deliver until nothing is due and nothing in flight, however long that takes. Answers
+        the seconds until something is due again, None for never.
 
-        For a Celery task: while it goes on, this process needs no other.
+        For a Celery task: while it goes on, this process needs no other, and has no other.
         """
-        end = time.monotonic() + longest
         with self._alone, doorbell.listening(self._bell):
             while True:
-                if time.monotonic() < end:
-                    self._round()
-                else:
-                    self._write_down_what_ended()
-                    self._renew_leases()
-                if not self._in_flight and not self._is_more_due(end):
+                self._outlive(self._round)
+                if not self._in_flight and not Message.objects.is_anything_due(self.clock()):
                     break
-                if self._in_flight:
-                    self._bell.wait(self._pause())
+                self._bell.wait(self._pause())
                 self._bell.clear()
         next_due_at = Message.objects.next_due_at()
         if next_due_at is None:
@@ -140,12 +135,9 @@ class Engine:
     def ring(self) -> None:
         self._bell.set()
 
-    def _is_more_due(self, end: float) -> bool:
-        return time.monotonic() < end and Message.objects.is_anything_due(self.clock())
-
     def _round(self) -> None:
-        self._write_down_what_ended()
         self._renew_leases()
+        self._write_down_what_ended()
         room = self.concurrency - len(self._in_flight)
         if room > 0:
             self._begin(room)
@@ -183,20 +175,24 @@ class Engine:
         self._bell.set()
 
     def _write_down_what_ended(self) -> None:
-        with suppress(queue.Empty):
-            while True:
-                message, outcome = self._ended.get_nowait()
-                # Should it break below, its lease ends and it is tried again.
-                del self._in_flight[message.message_id]
-                try:
-                    is_ours = message.record(outcome, now=self.clock())
-                except (OperationalError, InterfaceError):
-                    # An answer that was paid for: keep it until the database is back.
-                    self._in_flight[message.message_id] = message
-                    self._ended.put((message, outcome))
-                    raise
-                if not is_ours:
-                    logger.warning("%s was taken over by another engine", message.message_id)
+        # No more than there are now: what cannot be written is put back, and waits for next time.
+        for _ in range(self._ended.qsize()):
+            self._outlive(self._write_down_one)
+
+    def _write_down_one(self) -> None:
+        message, outcome = self._ended.get_nowait()
+        # Should it break below, its lease ends and it is tried again.
+        del self._in_flight[message.message_id]
+        try:
+            # A copy: it is changed before it is saved, and to be written again it needs its claim.
+            is_ours = copy(message).record(outcome, now=self.clock())
+        except (OperationalError, InterfaceError):
+            # An answer that was paid for: keep it until the database is back.
+            self._in_flight[message.message_id] = message
+            self._ended.put((message, outcome))
+            raise
+        if not is_ours:
+            logger.warning("%s was taken over by another engine", message.message_id)
 
     def _renew_leases(self) -> None:
         tokens = {message.claim_token for message in self._in_flight.values()}
@@ -251,8 +247,8 @@ class Engine:
     def _wind_down(self, grace: float) -> None:
         end = time.monotonic() + grace
         while self._in_flight and time.monotonic() < end:
-            self._outlive(self._write_down_what_ended)
             self._outlive(self._renew_leases)
+            self._write_down_what_ended()
             if self._in_flight:
                 self._bell.wait(0.2)
                 self._bell.clear()

@@ -21,7 +21,13 @@ from .delivery import kept_engine, release_claims_of_the_dead
 from .models import DeadLetter, Deduplication, LogEntry, Message
 
 
-@shared_task(name="qstash_server.deliver", bind=True, ignore_result=True, acks_late=True)
+@shared_task(
+    name="qstash_server.deliver",
+    bind=True,
+    ignore_result=True,
+    acks_late=True,
+    reject_on_worker_lost=True,
+)
 def deliver(self: Any) -> None:
     """Deliver all that is due."""
     if self.request.is_eager:
@@ -36,7 +42,9 @@ def deliver(self: Any) -> None:
         deliver.apply_async(countdown=max(wait, 0.1), retry=False)
 
 
-@shared_task(name="qstash_server.sweep", ignore_result=True)
+@shared_task(
+    name="qstash_server.sweep", ignore_result=True, acks_late=True, reject_on_worker_lost=True
+)
 def sweep() -> None:
     """Every half minute, by beat: ring for what is due though no bell was heard, and clear out
     what is too old."""

@@ -287,6 +287,8 @@ class RetryDeadLettersView(DeadLettersView):
         for letter in page:
             try:
                 message_id = letter.retry(overrides, now=timezone.now())
+            except InvalidOption as error:
+                responses.append(Refused(error.wire_text).to_json())
             except Refusal as error:
                 responses.append(Refused(str(error)).to_json())
             else:

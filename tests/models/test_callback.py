@@ -116,7 +116,8 @@ def test_failed_attempt_with_retries_left_is_only_an_attempt(
 ) -> None:
     post_callback(llm_request, attempt(2))
     row = LLMRequest.objects.get()
-    assert (row.state, row.attempts, row.last_status, row.error) == ("submitted", 2, 503, "")
+    assert (row.state, row.attempts, row.last_status) == ("submitted", 2, 503)
+    assert row.error == "Busy (after 2 attempts)"
     assert row.finished_at is None
 
 

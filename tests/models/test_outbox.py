@@ -428,7 +428,7 @@ def test_claimed_row_is_nobody_elses_until_the_claim_expires(outbox: Outbox, clo
     first = outbox.claim(10)
     assert len(first) == 2
     assert outbox.claim(10) == []
-    clock.forward(seconds=299)
+    clock.forward(seconds=119)
     assert outbox.claim(10) == []
     clock.forward(seconds=2)
     second = outbox.claim(10)

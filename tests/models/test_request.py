@@ -96,6 +96,7 @@ def test_published_request_goes_over_the_wire_whole(qstash: FakeQStash) -> None:
         ({"retries": 5}, "retries", 5),
         ({"timeout": 7200}, "timeout", 7200.0),
         ({"timeout": 1.2}, "timeout", 2.0),
+        ({"timeout": timedelta(minutes=1)}, "timeout", 60.0),
         ({"retry_delay": "pow(2, retried) * 1000"}, "retry_delay", "pow(2, retried) * 1000"),
         (
             {"flow_control": FlowControl(key="k", rate=2, period=60)},
@@ -381,7 +382,8 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"timeout": float("nan")}, "timeout", "7200"),
     ({"timeout": True}, "timeout", "7200"),
     ({"timeout": "60"}, "timeout", "7200"),
-    ({"timeout": timedelta(minutes=1)}, "timeout", "7200"),
+    ({"timeout": timedelta(hours=3)}, "timeout", "7200"),
+    ({"retires": 1}, "retires", "did you mean 'retries'"),
     ({"retry_delay": "import os"}, "retry_delay", "import"),
     ({"retry_delay": "pow(2"}, "retry_delay", ""),
     ({"retry_delay": "1" + "+1" * 200}, "retry_delay", "255"),

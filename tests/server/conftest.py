@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from typing import Any
 
 import httpx
 import pytest
+from django.db import OperationalError, connection
 from django.http import HttpResponse
 from django.test import Client
 from django.utils import timezone
@@ -67,6 +69,28 @@ class Clock:
 
     def advance(self, seconds: float) -> None:
         self.ahead += timedelta(seconds=seconds)
+
+
+class Outage:
+    """The database refuses this thread what the statement ``is_hit`` by, while it lasts."""
+
+    def __init__(self) -> None:
+        self.is_hit: Callable[[str], bool] = lambda statement: False
+        self.was_met = threading.Event()
+
+    def __call__(
+        self, execute: Callable[..., Any], sql: str, params: Any, many: bool, context: Any
+    ) -> Any:
+        if self.is_hit(f"{sql} {params}"):
+            self.was_met.set()
+            raise OperationalError("the database is away")
+        return execute(sql, params, many, context)
+
+    def begin(self, is_hit: Callable[[str], bool]) -> None:
+        self.is_hit = is_hit
+
+    def end(self) -> None:
+        self.is_hit = lambda statement: False
 
 
 class Api:
@@ -177,6 +201,13 @@ def engine(clock: Clock) -> Iterator[Engine]:
     engine = Engine(clock=clock)
     yield engine
     engine.close()
+
+
+@pytest.fixture
+def outage() -> Iterator[Outage]:
+    outage = Outage()
+    with connection.execute_wrapper(outage):
+        yield outage
 
 
 @pytest.fixture

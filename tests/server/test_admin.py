@@ -121,6 +121,23 @@ def test_a_dead_letter_that_is_refused_now_says_why(
     assert DeadLetter.objects.count() == 1
 
 
+def test_a_dead_letter_that_cannot_be_read_any_more_stops_no_other(
+    staff: Client, api: Api, engine: Engine, wire: Wire
+) -> None:
+    wire.answers(httpx.Response(500))
+    for _ in range(3):
+        api.published(Upstash_Retries="0")
+    engine.deliver_due()
+    letters = list(DeadLetter.objects.order_by("pk"))
+    Message.objects.filter(dead_letter=letters[1]).update(
+        headers={"Upstash-Delay": "1h", "Upstash-Retries": "x"}
+    )
+    shown = act(staff, "retry", *letters)
+    assert "retries" in shown.lower()
+    assert "2 published again." in shown
+    assert DeadLetter.objects.get() == letters[1]
+
+
 def test_queues_are_paused_and_resumed(staff: Client, api: Api) -> None:
     api.enqueue("q")
     assert "1 queue paused." in act(staff, "pause", Queue.objects.get())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import FrozenInstanceError
 
 import pytest
@@ -7,6 +8,13 @@ from django.test import override_settings
 
 from django_qstash_llm.server import conf
 from django_qstash_llm.server.exceptions import ConfigurationError
+
+
+@pytest.fixture
+def command_line() -> Iterator[Callable[..., None]]:
+    yield conf.override
+    conf._overrides.clear()
+    conf.current.cache_clear()
 
 
 @override_settings(DEBUG=True, QSTASH_SERVER={})
@@ -27,6 +35,15 @@ def test_outside_debug_there_is_no_identity_unless_it_is_given() -> None:
 
 @override_settings(DEBUG=True, QSTASH_SERVER={"TOKEN": "mine"})
 def test_the_public_keys_never_stand_beside_a_token_of_ones_own() -> None:
+    assert conf.current().token == "mine"
+    assert conf.current().keys is None
+
+
+@override_settings(DEBUG=True, QSTASH_SERVER={})
+def test_the_public_keys_never_stand_beside_a_token_of_the_command_line(
+    command_line: Callable[..., None],
+) -> None:
+    command_line(token="mine")
     assert conf.current().token == "mine"
     assert conf.current().keys is None
 

@@ -14,9 +14,11 @@ from typing import Any
 
 import httpx
 import pytest
+from django.db import connections
 from django.utils import timezone
 
 from django_qstash_llm.qstash import SignatureError
+from django_qstash_llm.server import doorbell
 from django_qstash_llm.server.delivery import (
     Engine,
     process_identity,
@@ -24,7 +26,18 @@ from django_qstash_llm.server.delivery import (
 )
 from django_qstash_llm.server.models import DeadLetter, LogEntry, Message, Outcome
 
-from .conftest import CALLBACK, FAILURE, PROVIDER, Api, Clock, Wire, claims_of, state, states
+from .conftest import (
+    CALLBACK,
+    FAILURE,
+    PROVIDER,
+    Api,
+    Clock,
+    Outage,
+    Wire,
+    claims_of,
+    state,
+    states,
+)
 
 # --- what the destination gets -------------------------------------------------------------------
 
@@ -507,6 +520,8 @@ def test_a_pid_that_was_given_to_another_process_counts_as_dead(api: Api, clock:
 
 # --- many at a time ------------------------------------------------------------------------------
 
+RENEWAL = 'UPDATE "qstash_server_message" SET "due_at" = '
+
 
 @contextmanager
 def running(engine: Engine) -> Iterator[None]:
@@ -596,6 +611,94 @@ def test_an_engine_that_stops_lets_go_of_what_it_could_not_finish(
     clock.advance(1)
     wire.answers(httpx.Response(200))
     assert Engine(clock=clock).deliver_due() == 1
+
+
+@pytest.mark.django_db(transaction=True)
+def test_one_slow_call_keeps_a_drain_from_nothing_else(
+    api: Api, wire: Wire, configure: Callable[..., None]
+) -> None:
+    configure(POLL=0.05)
+    quick_came = threading.Event()
+    slow = "https://slow.test/"
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if str(request.url) == slow:
+            publishing = threading.Thread(target=publish_and_close)
+            publishing.start()
+            publishing.join()
+            return httpx.Response(200 if quick_came.wait(5) else 500)
+        quick_came.set()
+        return httpx.Response(200)
+
+    def publish_and_close() -> None:
+        api.published()
+        connections.close_all()
+
+    wire.answer = answer
+    with doorbell.listening(threading.Event()):
+        api.published(slow, Upstash_Retries="0")
+    engine = Engine()
+    assert engine.drain() is None
+    engine.close()
+    assert Message.objects.filter(state="DELIVERED").count() == 2
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_drain_outlives_the_database_while_a_call_is_in_flight(
+    api: Api, wire: Wire, outage: Outage, configure: Callable[..., None]
+) -> None:
+    configure(LEASE=1, POLL=0.05)
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        outage.begin(lambda statement: statement.startswith(RENEWAL))
+        was_met = outage.was_met.wait(5)
+        outage.end()
+        return httpx.Response(200 if was_met else 500)
+
+    wire.answer = answer
+    with doorbell.listening(threading.Event()):
+        message_id = api.published(Upstash_Retries="0")
+    engine = Engine()
+    assert engine.drain() is None
+    engine.close()
+    assert state(message_id) == "DELIVERED"
+    assert len(wire.requests) == 1
+
+
+@pytest.mark.django_db(transaction=True)
+def test_an_outcome_that_cannot_be_written_holds_up_nobody_else(
+    api: Api, wire: Wire, outage: Outage, configure: Callable[..., None]
+) -> None:
+    configure(LEASE=1, POLL=0.05)
+    renewed, slow_was_written = threading.Event(), threading.Event()
+    slow = "https://slow.test/"
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if str(request.url) == slow:
+            renewed.wait(5)
+        return httpx.Response(200)
+
+    def is_hit(statement: str) -> bool:
+        if outage.was_met.is_set() and statement.startswith(RENEWAL):
+            renewed.set()
+        if not (statement.startswith("UPDATE") and "DELIVERED" in statement):
+            return False
+        if not statement.endswith(f", {stuck.pk})"):
+            slow_was_written.set()
+            return False
+        return not slow_was_written.is_set()
+
+    wire.answer = answer
+    with doorbell.listening(threading.Event()):
+        stuck = Message.objects.get(message_id=api.published())
+        api.published(slow)
+    outage.begin(is_hit)
+    engine = Engine()
+    assert engine.drain() is None
+    engine.close()
+    assert (renewed.is_set(), slow_was_written.is_set()) == (True, True)
+    assert Message.objects.filter(state="DELIVERED").count() == 2
+    assert len(wire.requests) == 2
 
 
 # --- over real sockets ---------------------------------------------------------------------------

@@ -19,8 +19,11 @@ from .conftest import CALLBACK, PROVIDER, Api, Clock, Wire, state
 def test_the_tasks_have_names_that_routes_and_beat_can_rely_on() -> None:
     assert tasks.deliver.name == "qstash_server.deliver"
     assert tasks.sweep.name == "qstash_server.sweep"
-    assert tasks.deliver.acks_late
-    assert tasks.deliver.ignore_result
+
+
+@pytest.mark.parametrize("task", [tasks.deliver, tasks.sweep])
+def test_a_task_is_kept_for_another_worker_when_its_own_dies(task: Any) -> None:
+    assert (task.acks_late, task.reject_on_worker_lost, task.ignore_result) == (True, True, True)
 
 
 def test_the_sweep_delivers_what_no_bell_was_heard_for(api: Api) -> None:

@@ -331,6 +331,21 @@ def test_many_are_retried_by_id_or_filter(api: Api, failed: Failed) -> None:
     assert len(api.post("/v2/dlq/retry").json()["responses"]) == 1
 
 
+def test_a_dead_letter_that_cannot_be_retried_stops_no_other(api: Api, failed: Failed) -> None:
+    ids = [failed() for _ in range(3)]
+    Message.objects.filter(dead_letter__pk=ids[1].rpartition("-")[2]).update(
+        headers={"Upstash-Retries": "x"}
+    )
+    answer = api.post("/v2/dlq/retry")
+    assert answer.status_code == 201
+    first, refused, last = answer.json()["responses"]
+    assert (
+        Message.objects.filter(message_id__in=[first["messageId"], last["messageId"]]).count() == 2
+    )
+    assert "retries" in refused["error"].lower()
+    assert [letter.dlq_id for letter in DeadLetter.objects.all()] == [ids[1]]
+
+
 def test_a_callback_that_failed_lies_among_the_dead_letters_with_its_answer(
     api: Api, engine: Engine, wire: Wire
 ) -> None:

@@ -21,12 +21,17 @@ class Command(BaseCommand):
 
     def handle(self, *args: Any, database: str, **options: Any) -> None:
         outbox = Outbox(database)
-        submitted = announced = 0
+        announced = 0
         try:
-            while taken := outbox.submit():
-                submitted += taken
+            while outbox.submit():
+                pass
         except ConfigurationError as error:
             raise CommandError(str(error)) from error
         while told := triggers.announce(database):
             announced += told
-        self.stdout.write(f"{submitted} submitted, {announced} announced.")
+        waiting = outbox.rows.pending().count()
+        self.stdout.write(
+            f"{outbox.submitted} submitted, {announced} announced, {waiting} still pending."
+        )
+        if outbox.problem:
+            raise CommandError(f"Some could not be submitted: {outbox.problem}")
