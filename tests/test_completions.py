@@ -412,3 +412,12 @@ def test_no_error_body_raises(body: bytes) -> None:
 
 def test_largest_answer_covers_the_largest_callback() -> None:
     assert completions.LARGEST_ANSWER >= 64_000_000
+
+
+@pytest.mark.parametrize(
+    ("details", "cost"),
+    [({"upstream_inference_cost": 0.002}, Decimal("0.0021")), ({}, None)],
+)
+def test_cost_with_ones_own_key_is_what_both_take_or_unknown(details: Any, cost: Any) -> None:
+    usage = {"prompt_tokens": 9, "cost": 0.0001, "is_byok": True, "cost_details": details}
+    assert read_usage(usage).reported_cost == cost

@@ -506,3 +506,22 @@ def test_workers_that_announce_at_the_same_time_tell_each_once(
     assert errors == []
     assert sorted(told) == sorted(LLMRequest.objects.values_list("pk", flat=True))
     assert Group.objects.filter(name__startswith="answer").count() == 40
+
+
+def test_resubmission_of_an_older_question_does_not_overtake_a_newer_answer(
+    watch: Watch, post_callback: Callable[..., Any]
+) -> None:
+    watch(Rename)
+    group = Group.objects.create(name="a")
+    older = LLMRequest.objects.get()
+    LLMRequest.objects.update(state="failed", announced_at=timezone.now())
+    group.name = "b"
+    group.save()
+    newer = LLMRequest.objects.latest("id")
+    post_callback(newer, done("New", "msg_new"))
+    older.refresh_from_db()
+    again = older.resubmit()
+    post_callback(again, done("Old", "msg_old"))
+    triggers.announce("default")
+    group.refresh_from_db()
+    assert group.name == "New"

@@ -604,7 +604,8 @@ class LLMRequest(OverTheWire, models.Model):
         if not self.qstash_message_id:
             # Submitted a moment ago, perhaps. If it is being submitted now, the outbox sees to it.
             self.refresh_from_db(fields=["qstash_message_id"])
-            self._cancel_at_qstash()
+            if self.qstash_message_id:
+                self._cancel_at_qstash()
 
     def _cancel_at_qstash(self) -> None:
         # Not found: delivered or given up a moment ago. What it says will not be waited for.

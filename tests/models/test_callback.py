@@ -510,3 +510,44 @@ def test_receiving_takes_few_queries_however_much_is_there(
         post_callback(llm_request, attempt(1, source_message_id=f"m{number}"))
     with django_assert_max_num_queries(14):
         post_callback(llm_request, told())
+
+
+# --- money that is spent although nobody reads the answer ---
+
+
+def test_answer_to_a_cancelled_request_keeps_its_cost_and_changes_no_state(
+    llm_request: LLMRequest, post_callback: Post, settings: Any
+) -> None:
+    price = {"openai/gpt-5.4-mini": {"input": "1", "output": "2"}}
+    settings.QSTASH_LLM = settings.QSTASH_LLM | {"PRICES": price}
+    llm_request.cancel()
+    post_callback(llm_request, told())
+    row = LLMRequest.objects.get()
+    assert (row.state, row.completion, row.input_tokens) == ("cancelled", "", 9)
+    assert row.cost == Decimal("0.000015")
+
+
+def test_answer_without_choices_keeps_its_usage_and_counts_as_unpriced(
+    llm_request: LLMRequest, post_callback: Post
+) -> None:
+    body = json.dumps({"choices": [], "usage": ANSWER["usage"]}).encode()
+    post_callback(llm_request, told(body=body))
+    row = LLMRequest.objects.get()
+    assert (row.state, row.error_code, row.output_tokens, row.cost) == (
+        "failed",
+        "no_choices",
+        3,
+        None,
+    )
+    assert list(LLMRequest.objects.unpriced()) == [row]
+
+
+def test_answer_of_another_tier_than_the_standard_one_is_unpriced(
+    llm_request: LLMRequest, post_callback: Post, settings: Any
+) -> None:
+    price = {"openai/gpt-5.4-mini": {"input": "1", "output": "2"}}
+    settings.QSTASH_LLM = settings.QSTASH_LLM | {"PRICES": price}
+    body = json.dumps(ANSWER | {"service_tier": "priority"}).encode()
+    post_callback(llm_request, told(body=body))
+    row = LLMRequest.objects.get()
+    assert (row.state, row.input_tokens, row.cost) == ("completed", 9, None)

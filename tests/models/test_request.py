@@ -641,3 +641,26 @@ def test_answer_reads_as_json() -> None:
 def test_nothing_of_it_shows_a_key(submitted: LLMRequest) -> None:
     shown = repr(submitted) + str(submitted) + repr(vars(submitted))
     assert "canary" not in shown
+
+
+def test_cancelling_what_was_sent_and_not_acknowledged_cancels_it_at_qstash(
+    qstash: FakeQStash,
+) -> None:
+    LLMRequest.objects.publish(MESSAGES)
+    LLMRequest.objects.update(
+        state="pending", qstash_message_id="", first_tried_at=timezone.now(), claim_token=None
+    )
+    row = LLMRequest.objects.get()
+    row.cancel()
+    assert qstash.cancelled == [row.wire_label]
+    assert LLMRequest.objects.get().state == "cancelled"
+
+
+def test_second_click_on_resubmit_asks_nothing_more(qstash: FakeQStash) -> None:
+    row = LLMRequest.objects.publish(MESSAGES)
+    LLMRequest.objects.update(state="failed")
+    row.refresh_from_db()
+    again = row.resubmit()
+    with pytest.raises(IllegalState, match=str(again.uuid)):
+        row.resubmit()
+    assert LLMRequest.objects.count() == 2

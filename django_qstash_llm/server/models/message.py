@@ -209,7 +209,8 @@ class MessageQuerySet(models.QuerySet["Message"]):
 
     def renew(self, tokens: Iterable[str], *, until: datetime) -> None:
         """Say that the engine which holds these claims is alive."""
-        self.filter(claim_token__in=set(tokens)).update(due_at=until)
+        # An empty token is everybody's who holds nothing.
+        self.filter(claim_token__in=set(tokens) - {""}).update(due_at=until)
 
     def release(self, *, now: datetime) -> int:
         """Let go of claims whose engine is gone or going: they are due at once."""
