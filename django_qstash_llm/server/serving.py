@@ -9,6 +9,7 @@ import json
 import logging
 import socket
 import socketserver
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any, Self
@@ -113,6 +114,11 @@ class _HttpServer(ThreadedWSGIServer):
         with self._lock:
             self._open.discard(request)
         super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        # A kept connection on which nothing came is closed, and that is all there is to it.
+        if not isinstance(sys.exc_info()[1], TimeoutError):
+            super().handle_error(request, client_address)
 
     def close_connections(self) -> None:
         """A kept connection would otherwise be served for as long as its client keeps it."""

@@ -373,3 +373,14 @@ def test_the_command_says_what_is_wrong_with_its_port(start: Start) -> None:
         command = start("--port", str(port))
         assert command.end() == 1
     assert f"cannot listen on 127.0.0.1:{port}" in "".join(command.lines)
+
+
+@pytest.mark.parametrize(("error", "is_told"), [(TimeoutError, False), (ZeroDivisionError, True)])
+def test_a_connection_that_went_silent_is_no_error(
+    server: Server, capsys: pytest.CaptureFixture[str], error: type[Exception], is_told: bool
+) -> None:
+    try:
+        raise error
+    except error:
+        server._http.handle_error(None, ("127.0.0.1", 1))
+    assert ("Traceback" in capsys.readouterr().err) is is_told
