@@ -164,7 +164,8 @@ class Outbox:
                 free = free.select_for_update(skip_locked=True, of=("self",))
             ids = self.in_order(list(free.values_list("pk", "queue")[:count]))
             # Guarded again: on SQLite without IMMEDIATE two readers see the same free rows.
-            self.due().filter(pk__in=ids).update(
+            is_free = Q(claimed_until=None) | Q(claimed_until__lt=now)
+            self.rows.pending().filter(is_free, pk__in=ids).update(
                 claim_token=token,
                 claimed_until=now + timedelta(seconds=CLAIM_SECONDS),
                 submission_tries=F("submission_tries") + 1,
