@@ -12,7 +12,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -219,13 +218,12 @@ class Worker:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        # -B: beat's sweep is what finds the work of a worker that was killed.
-        command = "-m celery -A testproject worker -B -s {beat} -P threads -c 4 -l ERROR"
-        beat = os.path.join(
-            os.environ.get("TEST_DIRECTORY", tempfile.gettempdir()),
-            f"beat-{os.getpid()}-{time.time_ns()}",
+        # -B: beat's sweep is what finds the work of a worker that was killed. Its schedule is kept
+        # in memory: the file that it would share with a killed one's can be locked for good.
+        command = (
+            "-m celery -A testproject worker -B -S celery.beat:Scheduler -P threads -c 4 -l ERROR"
         )
-        arguments = [sys.executable, *command.format(beat=beat).split()]
+        arguments = [sys.executable, *command.split()]
         self.process = subprocess.Popen(arguments, env=self.environment, start_new_session=True)
 
     def kill(self, how: signal.Signals = signal.SIGKILL) -> None:
