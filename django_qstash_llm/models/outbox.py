@@ -44,7 +44,7 @@ from .request import CLAIM_SECONDS, LLMRequest, LLMRequestQuerySet, OverTheWire
 
 logger = logging.getLogger(__name__)
 
-ROWS_PER_CLAIM = 500
+ROWS_PER_CLAIM = 1000
 DEDUPLICATION_WINDOW = timedelta(minutes=8)
 """QStash remembers a deduplication id for 10 minutes. We stop relying on it a little earlier."""
 LONGEST_PAUSE = 300.0
