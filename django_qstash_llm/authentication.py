@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from uuid import UUID
 
 from django.utils import timezone
@@ -22,13 +23,25 @@ def read_signed_body(request: Request, uuid: UUID) -> tuple[bytes, Claims]:
     """The raw body of a callback that QStash signed for the request ``uuid``.
 
     The token is checked first, against the URLs we published and never against what the Host
-    header claims; only then is the body read. Raises ``SignatureError`` or ``CallbackTooLarge``.
+    header claims; only then is the body read. Raises ``SignatureError`` or ``CallbackTooLarge``, and
+    Django's ``UnreadablePostError`` when the sender is gone before all of it is here.
     """
+    return _believed(request, app_settings().callback_urls(uuid), "callback", uuid)
+
+
+def read_signed_ping(request: Request, uuid: UUID) -> tuple[bytes, Claims]:
+    """The same of a ping of the doctor's: it is to find out what becomes of a callback."""
+    return _believed(request, app_settings().ping_urls(uuid), "ping", uuid)
+
+
+def _believed(
+    request: Request, urls: Collection[str], what: str, uuid: UUID
+) -> tuple[bytes, Claims]:
     conf = app_settings()
     try:
         claims = signing.verify_token(
             request.headers.get(signing.HEADER, ""),
-            url=conf.callback_urls(uuid),
+            url=urls,
             keys=conf.signing_keys,
             now=timezone.now().timestamp(),
             leeway=conf.signature_leeway,
@@ -41,10 +54,10 @@ def read_signed_body(request: Request, uuid: UUID) -> tuple[bytes, Claims]:
         claims.check_body(body)
     except SignatureError as error:
         # The reason is for the operator only: a forger learns nothing from the response.
-        logger.warning("Refused a callback for %s: %s (%s)", uuid, error, error.reason)
+        logger.warning("Refused a %s for %s: %s (%s)", what, uuid, error, error.reason)
         raise
     if claims.key_index == 1:
         logger.warning(
-            "A callback was signed with the next signing key: update the keys and redeploy."
+            "A %s was signed with the next signing key: update the keys and redeploy.", what
         )
     return body, claims

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 from uuid import UUID
@@ -50,9 +49,11 @@ def check_settings(app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> li
         hint = f"There are: {', '.join(conf.OUR_NAMES)}."
         return [Error(problem, hint=hint, id=f"{ID}.E005") for problem in unknown]
     in_force = conf.app_settings()
-    mistyped = _check_types(in_force)
-    if mistyped:
-        return mistyped  # the others would stumble over them
+    if in_force.mistyped:  # the others would stumble over them
+        return [
+            Error(problem, hint=hint, id=f"{ID}.E007")
+            for problem, hint in in_force.mistyped.values()
+        ]
     return [
         *_check_token(in_force),
         *_check_keys(in_force),
@@ -60,31 +61,9 @@ def check_settings(app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> li
         *_check_providers(in_force),
         *_check_prices(in_force),
         *_check_hosted(in_force),
+        *_check_keeping(in_force),
+        *_check_health_token(in_force),
     ]
-
-
-_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
-    "int": (int, "a whole number"),
-    "float": ((int, float), "a number"),
-    "str": (str, "a text"),
-    "tuple": ((list, tuple), "a list or tuple"),
-    "Mapping": (Mapping, "a dictionary"),
-}
-
-
-def _check_types(in_force: conf.AppSettings) -> list[CheckMessage]:
-    problems: list[CheckMessage] = []
-    for field in dataclasses.fields(in_force):
-        kind, *nullable = str(field.type).partition("[")[0].split(" | ")
-        value = getattr(in_force, field.name)
-        if kind not in _KINDS or (nullable and value is None):
-            continue
-        types, words = _KINDS[kind]
-        if not isinstance(value, types) or isinstance(value, bool):
-            # Not the value: it may hold a key.
-            problem = f"QSTASH_LLM[{field.name.upper()!r}] is a {type(value).__name__}."
-            problems.append(Error(problem, hint=f"Give {words}.", id=f"{ID}.E007"))
-    return problems
 
 
 def _check_prices(in_force: conf.AppSettings) -> list[CheckMessage]:
@@ -98,8 +77,35 @@ def _check_prices(in_force: conf.AppSettings) -> list[CheckMessage]:
     return problems
 
 
+def _check_keeping(in_force: conf.AppSettings) -> list[CheckMessage]:
+    problems: list[CheckMessage] = []
+    try:
+        in_force.check_storing()
+    except ConfigurationError as error:
+        hint = "Until then nothing is published, and no answer is read."
+        problems.append(Error(str(error), hint=hint, id=f"{ID}.E007"))
+    for name in ("retention_days", "orphan_retention_days", "deadline", "health_late"):
+        days = getattr(in_force, name)
+        if days is not None and days <= 0:
+            problem = f"QSTASH_LLM[{name.upper()!r}] is {days}."
+            problems.append(Error(problem, hint="Give more than 0.", id=f"{ID}.E007"))
+    return problems
+
+
+def _check_health_token(in_force: conf.AppSettings) -> list[CheckMessage]:
+    if not in_force.health_token or len(in_force.health_token) >= conf.SHORTEST_HEALTH_TOKEN:
+        return []
+    return [
+        _serious(
+            "QSTASH_LLM['HEALTH_TOKEN'] is too short, and nobody who shows it sees any figure.",
+            hint=f"Give {conf.SHORTEST_HEALTH_TOKEN} characters or more, or none.",
+            id="E010",
+        )
+    ]
+
+
 def _check_token(in_force: conf.AppSettings) -> list[CheckMessage]:
-    if not in_force.qstash_url.startswith(("http://", "https://")):
+    if not conf.is_http_url(in_force.qstash_url):
         problem = f"QSTASH_URL is {in_force.qstash_url!r}, not an http(s) URL."
         return [_serious(problem, hint=f"As in {conf.UPSTASH_URL}.", id="E009")]
     if in_force.qstash_token:
@@ -135,6 +141,9 @@ def _check_keys(in_force: conf.AppSettings) -> list[CheckMessage]:
 
 def _check_callback_url(in_force: conf.AppSettings) -> list[CheckMessage]:
     problem = conf.callback_base_url_problem(in_force.callback_base_url)
+    if not problem and "@" in urlsplit(in_force.callback_base_url).netloc:
+        # Not repeated here: it would show the password.
+        problem = "QSTASH_LLM['CALLBACK_BASE_URL'] names a user, and QStash takes no such URL."
     if problem:
         hint = (
             'Include django_qstash_llm.urls in your URLconf and set QSTASH_LLM = {"CALLBACK_BASE_URL": '

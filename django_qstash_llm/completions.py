@@ -110,9 +110,13 @@ def _load(body: bytes) -> Any:
         ) from error
 
 
+def is_gzip(body: bytes) -> bool:
+    return body[:2] == b"\x1f\x8b"
+
+
 def decompress(body: bytes) -> bytes:
     """``body``, unpacked when it is gzip. Raises ``UnreadableCompletion`` when it would be too large."""
-    if body[:2] != b"\x1f\x8b":
+    if not is_gzip(body):
         return body
     unpacker = zlib.decompressobj(wbits=31)
     try:

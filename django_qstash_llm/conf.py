@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -28,7 +29,23 @@ from .qstash.signing import is_usable_key
 if TYPE_CHECKING:
     import environ
 
+# What local servers are given, because clients insist on a key: lm-studio, not-needed, EMPTY. Blacked
+# out it would be missing from answers that speak of LM Studio. A key is told from it by its length,
+# its digits, its mix of cases or its prefix: of random keys of eight letters and digits one in some
+# hundred looks like words, and providers' have twenty and more. Only a provider's key can be one;
+# nobody gives QStash's token in such words but to keep it.
+_PLACEHOLDER = re.compile(
+    r"(?=.{,19}$)(?!sk[-_])(?:[a-z]{1,12}|[A-Z]{1,12}|[A-Z][a-z]{1,11})"
+    r"(?:[-_. ](?:[a-z]{1,12}|[A-Z]{1,12}|[A-Z][a-z]{1,11}))*"
+)
+
 UPSTASH_URL = "https://qstash.upstash.io"
+SHORTEST_HEALTH_TOKEN = 16
+
+
+def _is_itself(secret: str) -> bool:
+    """Whether it stands in the ``repr`` of any text that holds it as it is."""
+    return secret.isascii() and secret.isprintable() and not {"'", '"', "\\"} & set(secret)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +83,23 @@ class AppSettings:
     """What is kept of a provider's raw answer."""
     prices: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """``"provider/model"`` -> price per million tokens in USD: ``{"input": "0.15", "output": "0.6"}``."""
+    deadline: float = 900.0
+    """Seconds without news of a submitted request, its own timeout and delay apart, until QStash
+    is asked what became of it."""
     announce_tries: int = 5
     """How often a trigger or receiver that raises is tried before a person has to look."""
+    store_messages: str = "full"
+    """What is kept of a finished request's messages: ``full``, ``hashed`` (their SHA-256) or
+    ``none``. See ``models.forgetting``."""
+    retention_days: int | None = None
+    """Days after which ``llm_purge`` forgets the texts of what is finished; None keeps them."""
+    orphan_retention_days: int = 30
+    """Days after which ``llm_purge`` deletes callbacks that could not be read or belong to nothing."""
+    health_late: float = 120.0
+    """Seconds that what is due may wait for a worker, until the health page says it is late."""
+    health_token: str = field(default="", repr=False)
+    """Who shows it as a bearer token sees the figures of the health page; 16 characters or more.
+    Empty, only the staff does."""
     transport: Any = field(default=None, repr=False)
     """An httpx transport, or the dotted path to one, for the way to QStash."""
 
@@ -81,32 +113,92 @@ class AppSettings:
         """Current, then next. An absent one keeps its place and is believed by nobody."""
         return [self.qstash_current_signing_key, self.qstash_next_signing_key]
 
-    @property
+    @cached_property
     def secrets(self) -> list[str]:
-        """Every key of ours, the longest first. What is too short to be one is left out."""
-        keys = [self.qstash_token, *self.signing_keys]
-        for provider in self.providers.values():
-            keys += [str(provider.get(name) or "") for name in ("API_KEY", "HELICONE_API_KEY")]
+        """Every key of ours, the longest first, without such as are no secret: see ``_PLACEHOLDER``.
+
+        Also where the settings are wrong: that is told to people, and no key with it.
+        """
+        keys = [self.qstash_token, *self.signing_keys, str(self.health_token)]
+        for provider in self.providers.values() if isinstance(self.providers, Mapping) else ():
+            options = provider if isinstance(provider, Mapping) else {"API_KEY": provider}
+            given = [str(options.get(name) or "") for name in ("API_KEY", "HELICONE_API_KEY")]
+            keys += [key for key in given if not _PLACEHOLDER.fullmatch(key.strip())]
         return sorted((key.strip() for key in keys if len(key.strip()) >= 8), key=len, reverse=True)
 
-    def without_secrets(self, text: str) -> str:
-        """``text`` of others with our keys blacked out: some repeat the key they refuse."""
+    def without_secrets(self, text: str, *, limit: int | None = None) -> str:
+        """``text`` of others with our keys blacked out: some repeat the key they refuse.
+
+        It is cut only then: of a key that the cut goes through nearly all might stay, and nothing
+        would know it. Text that is cleaned is cleaned before, for the same reason.
+        """
         for secret in self.secrets:
             text = text.replace(secret, "[redacted]")
-        return text
+        return text[:limit]
+
+    def without_secrets_in(self, value: Any) -> Any:
+        """The same for all text in ``value``, decoded JSON."""
+        return self._blacked_out(value) if self.may_hold_secrets(value) else value
+
+    def may_hold_secrets(self, value: Any) -> bool:
+        """Whether text in ``value`` needs to be looked at: a look at all of it at once is a tenth of
+        the work, and every callback is looked at."""
+        text = repr(value)
+        return any(secret in text or not _is_itself(secret) for secret in self.secrets)
+
+    def _blacked_out(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self.without_secrets(value)
+        if isinstance(value, dict):
+            return {self._blacked_out(key): self._blacked_out(each) for key, each in value.items()}
+        return [*map(self._blacked_out, value)] if isinstance(value, list) else value
+
+    @cached_property
+    def mistyped(self) -> dict[str, tuple[str, str]]:
+        """Settings of a wrong type: what is wrong with each in a sentence, and what to give instead.
+
+        The values are not told: one may hold a key.
+        """
+        problems: dict[str, tuple[str, str]] = {}
+        for field_ in dataclasses.fields(self):
+            kind, *nullable = str(field_.type).partition("[")[0].split(" | ")
+            value = getattr(self, field_.name)
+            if kind not in _KINDS or (nullable and value is None):
+                continue
+            types, words = _KINDS[kind]
+            setting = f"QSTASH_LLM[{field_.name.upper()!r}]"
+            if not isinstance(value, types) or isinstance(value, bool):
+                problems[field_.name] = f"{setting} is a {type(value).__name__}.", f"Give {words}."
+            elif isinstance(value, list | tuple) and not all(isinstance(x, str) for x in value):
+                problems[field_.name] = f"{setting} holds what is no text.", "Give a list of texts."
+        return problems
 
     def callback_url(self, uuid: object) -> str:
         """Where QStash tells about the request ``uuid``. Raises ``ConfigurationError``."""
-        problem = callback_base_url_problem(self.callback_base_url)
-        if problem:
-            raise ConfigurationError(problem)
-        return f"{self.callback_base_url.rstrip('/')}/callback/{uuid}/"
+        return self._published("callback", uuid)
 
     def callback_urls(self, uuid: object) -> set[str]:
         """Every spelling under which we may have published the callback of ``uuid``."""
+        return self._spellings("callback", uuid)
+
+    def ping_url(self, nonce: object) -> str:
+        """Where the doctor has QStash send its ping. Raises ``ConfigurationError``."""
+        return self._published("ping", nonce)
+
+    def ping_urls(self, nonce: object) -> set[str]:
+        """The same as ``callback_urls`` for a ping."""
+        return self._spellings("ping", nonce)
+
+    def _published(self, door: str, uuid: object) -> str:
+        problem = callback_base_url_problem(self.callback_base_url)
+        if problem:
+            raise ConfigurationError(problem)
+        return f"{self.callback_base_url.rstrip('/')}/{door}/{uuid}/"
+
+    def _spellings(self, door: str, uuid: object) -> set[str]:
         bases = [self.callback_base_url, *self.former_callback_base_urls]
         return {
-            f"{base.rstrip('/')}/callback/{uuid}{slash}"
+            f"{base.rstrip('/')}/{door}/{uuid}{slash}"
             for base in bases
             if base
             for slash in ("", "/")
@@ -120,10 +212,36 @@ class AppSettings:
             raise ConfigurationError(
                 "QSTASH_CURRENT_SIGNING_KEY is not set or too short: no callback could be believed."
             )
-        if not self.qstash_url.startswith(("http://", "https://")):
+        if not is_http_url(self.qstash_url):
             raise ConfigurationError(f"QSTASH_URL is {self.qstash_url!r}, not an http(s) URL.")
         self.callback_url("")
+        self.check_storing()
 
+    def check_types(self) -> None:
+        """Raise ``ConfigurationError`` unless every setting is of its type."""
+        for problem, remedy in self.mistyped.values():
+            raise ConfigurationError(f"{problem} {remedy}")
+
+    def check_storing(self) -> None:
+        """Raise ``ConfigurationError`` unless it is clear what is kept of a finished request.
+
+        Nothing is guessed: one guess would keep what was to go, the other lose what was to stay.
+        """
+        if self.store_messages not in ("full", "hashed", "none"):
+            raise ConfigurationError(
+                f"QSTASH_LLM['STORE_MESSAGES'] is {self.store_messages!r}; "
+                "give 'full', 'hashed' or 'none'."
+            )
+
+
+# The annotations of our settings -> what may be given, and how it is called.
+_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "str": (str, "a text"),
+    "tuple": ((list, tuple), "a list or tuple"),
+    "Mapping": (Mapping, "a dictionary"),
+}
 
 UPSTASH_NAMES = {
     "QSTASH_URL": "qstash_url",
@@ -140,8 +258,13 @@ OUR_NAMES = {
 
 @lru_cache(maxsize=1)
 def app_settings() -> AppSettings:
-    """The settings in force. Raises ``ConfigurationError`` on a key that is none of ours."""
+    """The settings in force. Raises ``ConfigurationError`` on a key that is none of ours.
+
+    Not on a wrong type: what does not need that setting goes on, and a callback is stored first.
+    """
     ours = getattr(settings, "QSTASH_LLM", {})
+    if not isinstance(ours, Mapping):
+        raise ConfigurationError("QSTASH_LLM is not a dictionary.")
     unknown = unknown_keys(ours)
     if unknown:
         raise ConfigurationError(unknown[0])
@@ -165,14 +288,25 @@ def unknown_keys(ours: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+def is_http_url(url: object) -> bool:
+    """Whether it is the absolute URL of a host that can be named so."""
+    if not isinstance(url, str):
+        return False
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # half an IPv6 address, or a port that is none
+        return False
+
+
 def callback_base_url_problem(base_url: str) -> str:
     """What is wrong with ``CALLBACK_BASE_URL``; empty when nothing is."""
     name = "QSTASH_LLM['CALLBACK_BASE_URL']"
     if not base_url:
         return f"{name} is not set: answers would have nowhere to go."
-    parts = urlsplit(base_url)
-    if parts.scheme not in {"http", "https"} or not parts.hostname:
+    if not is_http_url(base_url):
         return f"{name} is {base_url!r}, which is not an absolute http(s) URL."
+    parts = urlsplit(base_url)
     if parts.query or parts.fragment or not base_url.isascii():
         return f"{name} is {base_url!r}: give scheme, host and path only, in ASCII."
     return ""
@@ -191,14 +325,26 @@ def qstash_client() -> Client:
 def _client_of_process(pid: int) -> Client:
     conf = app_settings()
     conf.check_ready()
+    return new_client(conf.qstash_url)
+
+
+def new_client(base_url: str) -> Client:
+    """A client for QStash at another place than the settings say: see ``qstash_client``."""
+    conf = app_settings()
     transport = conf.transport
     if isinstance(transport, str):
-        transport = import_string(transport)
+        try:
+            transport = import_string(transport)
+        except ImportError as error:
+            raise ConfigurationError(
+                f"QSTASH_LLM['TRANSPORT'] is {transport!r}, and there is no such thing: {error}"
+            ) from error
     return Client(
         conf.qstash_token,
-        base_url=conf.qstash_url,
+        base_url=base_url,
         timeout=conf.submit_timeout,
         transport=transport,
+        redact=conf.without_secrets,
     )
 
 

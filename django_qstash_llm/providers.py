@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from .conf import app_settings
+from .conf import app_settings, is_http_url
 from .exceptions import ConfigurationError, InvalidRequest
 from .qstash.message import HOSTED_LLM, JSONText
 
@@ -104,9 +104,9 @@ def build_provider(name: str, options: Mapping[str, Any]) -> Provider:
     setting = f"QSTASH_LLM['PROVIDERS'][{name!r}]"
     if not isinstance(options, Mapping):
         raise ConfigurationError(f"{setting} is not a dictionary.")
-    if not 1 <= len(name) <= 64:
+    if not isinstance(name, str) or not 1 <= len(name) <= 64:
         raise ConfigurationError(f"{setting}: a provider's name has 1 to 64 characters.")
-    unknown = sorted(set(options) - set(OPTIONS))
+    unknown = [option for option in options if option not in OPTIONS]
     if unknown:
         raise ConfigurationError(
             f"{setting} has no option {unknown[0]!r}; there are {', '.join(OPTIONS)}."
@@ -122,8 +122,17 @@ def build_provider(name: str, options: Mapping[str, Any]) -> Provider:
     base_url = str(options.get("BASE_URL") or "")
     if kind == "custom" and not base_url:
         raise ConfigurationError(f"{setting}['BASE_URL'] is not set.")
-    if base_url and not re.match(r"https?://[^/\s]+", base_url):
+    if base_url and not (re.match(r"https?://[^/\s]+", base_url) and is_http_url(base_url)):
         raise ConfigurationError(f"{setting}['BASE_URL'] is {base_url!r}, not an http(s) URL.")
+    models = options.get("MODELS") or (HOSTED_MODELS if kind == "upstash" else ())
+    if not isinstance(models, list | tuple | set | frozenset) or not all(
+        isinstance(each, str) for each in models
+    ):
+        raise ConfigurationError(f"{setting}['MODELS'] is not a list of models' names.")
+    try:
+        max_tokens = int(options.get("MAX_TOKENS") or 4096)
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"{setting}['MAX_TOKENS'] is not a whole number.") from error
     destination, headers = _ROUTES[kind](key, base_url, options)
     if options.get("HELICONE_API_KEY"):
         destination, headers = _through_helicone(
@@ -134,8 +143,8 @@ def build_provider(name: str, options: Mapping[str, Any]) -> Provider:
         kind=kind,
         destination=destination,
         headers=headers,
-        models=tuple(options.get("MODELS") or (HOSTED_MODELS if kind == "upstash" else ())),
-        max_tokens=int(options.get("MAX_TOKENS") or 4096),
+        models=tuple(models),
+        max_tokens=max_tokens,
     )
 
 

@@ -9,11 +9,16 @@ from __future__ import annotations
 import logging
 
 from celery import shared_task
+from django.db import router
+from django.utils import timezone
 from kombu.exceptions import OperationalError
 
 from . import triggers
+from .models import CallbackResponse, LLMRequest
 from .models.doorbell import Bell
 from .models.outbox import Outbox
+from .models.purge import Purge
+from .models.reconciler import Reconciler
 
 logger = logging.getLogger(__name__)
 
@@ -22,11 +27,17 @@ logger = logging.getLogger(__name__)
 _AT_ONCE = {"max_retries": 1, "interval_start": 0, "interval_step": 0, "interval_max": 0}
 
 
+def _ours() -> str:
+    """The database that our rows are in: a router may have put them into one of their own."""
+    return router.db_for_write(LLMRequest)
+
+
 @shared_task(
     name="django_qstash_llm.submit", ignore_result=True, acks_late=True, reject_on_worker_lost=True
 )
-def submit(using: str = "default") -> None:
+def submit(using: str = "") -> None:
     """Submit what is pending."""
+    using = using or _ours()
     outbox = Outbox(using)
     if outbox.submit() and outbox.due().exists():
         ring(Bell.SUBMIT, using)
@@ -38,27 +49,78 @@ def submit(using: str = "default") -> None:
     acks_late=True,
     reject_on_worker_lost=True,
 )
-def announce(using: str = "default") -> None:
+def announce(using: str = "") -> None:
     """Tell triggers and signals what is finished."""
+    using = using or _ours()
     if triggers.announce(using) and triggers.unannounced(using).exists():
         ring(Bell.ANNOUNCE, using)
 
 
 @shared_task(
+    name="django_qstash_llm.apply", ignore_result=True, acks_late=True, reject_on_worker_lost=True
+)
+def apply(using: str = "") -> None:
+    """Read again what was stored and could not be read."""
+    using = using or _ours()
+    receipts = CallbackResponse.objects.using(using)
+    if receipts.apply_due(now=timezone.now()) and receipts.unapplied(timezone.now()).exists():
+        ring(Bell.APPLY, using)
+
+
+@shared_task(
+    name="django_qstash_llm.reconcile",
+    ignore_result=True,
+    acks_late=True,
+    reject_on_worker_lost=True,
+)
+def reconcile(using: str = "") -> None:
+    """Ask QStash about what is overdue."""
+    using = using or _ours()
+    reconciler = Reconciler(using)
+    # What cannot be asked about now is left to the next sweep.
+    if reconciler.reconcile() and not reconciler.problem and reconciler.due().exists():
+        ring(Bell.RECONCILE, using)
+
+
+@shared_task(
     name="django_qstash_llm.sweep", ignore_result=True, acks_late=True, reject_on_worker_lost=True
 )
-def sweep(using: str = "default") -> None:
-    """Ring again for whatever still waits: after a lost bell, a dead worker, ``bulk_create``."""
+def sweep(using: str = "") -> None:
+    """Ring again for whatever still waits: after a lost bell, a dead worker, ``bulk_create``, a
+    callback that never came."""
+    using = using or _ours()
     if Outbox(using).due().exists():
         ring(Bell.SUBMIT, using)
+    if CallbackResponse.objects.using(using).unapplied(timezone.now()).exists():
+        ring(Bell.APPLY, using)
+    if Reconciler(using).due().exists():
+        ring(Bell.RECONCILE, using)
     if triggers.unannounced(using).exists():
         ring(Bell.ANNOUNCE, using)
 
 
+_TASKS = {
+    Bell.SUBMIT: submit,
+    Bell.ANNOUNCE: announce,
+    Bell.APPLY: apply,
+    Bell.RECONCILE: reconcile,
+}
+
+
+@shared_task(
+    name="django_qstash_llm.purge", ignore_result=True, acks_late=True, reject_on_worker_lost=True
+)
+def purge(using: str = "") -> None:
+    """Forget what is too old. Once a day is enough."""
+    using = using or _ours()
+    done = Purge(using).run()
+    if done.problem:
+        logger.warning("QStash's dead letters could not all be deleted: %s", done.problem)
+
+
 def ring(bell: Bell, using: str) -> None:
     """Wake a worker. A broker that is down costs time, not work: the sweep rings again."""
-    task = {Bell.SUBMIT: submit, Bell.ANNOUNCE: announce}[bell]
     try:
-        task.apply_async(args=(using,), retry=True, retry_policy=_AT_ONCE)
+        _TASKS[bell].apply_async(args=(using,), retry=True, retry_policy=_AT_ONCE)
     except (OperationalError, OSError) as error:
         logger.warning("No broker to ring %r; the next sweep will: %s", bell.value, error)

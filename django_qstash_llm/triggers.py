@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, ClassVar, TypeVar
 
 from django.db import connections, models, router, transaction
@@ -30,11 +30,13 @@ from django.utils import timezone
 from .cleaning import clean_json, clean_text
 from .conf import app_settings
 from .exceptions import ConfigurationError
-from .models.request import ANNOUNCED, LLMRequest, LLMRequestQuerySet, State
+from .models.forgetting import changes_at_end
+from .models.request import ANNOUNCED, CLAIM_SECONDS, LLMRequest, LLMRequestQuerySet, State
 from .signals import request_completed, request_failed
 
 logger = logging.getLogger(__name__)
 
+Clock = Callable[[], datetime]
 TriggerClass = TypeVar("TriggerClass", bound="type[Trigger]")
 
 _registry: dict[str, Trigger] = {}
@@ -78,9 +80,10 @@ class Trigger:
     def completed(self, instance: Any, llm_request: LLMRequest) -> None:
         """The answer is there. Runs in one transaction with the mark that it ran.
 
-        Effects in the database happen once. For effects elsewhere use ``llm_request.uuid`` as
-        idempotency key: after a crash this runs again. An answer that a newer question about the
-        same instance has overtaken is not written.
+        Effects in the database happen once. For effects elsewhere use
+        ``llm_request.idempotency_key``: after a crash this runs again. To change ``llm_request``
+        itself save it with ``update_fields``: callbacks may write to it at the same time. An answer
+        that a newer question about the same instance has overtaken is not written.
         """
         if self.answer_field and not llm_request.is_superseded():
             setattr(instance, self.answer_field, llm_request.completion)
@@ -94,22 +97,24 @@ class Trigger:
         # As they will be stored, or the same question would not be known again.
         messages = clean_json(list(self.messages(instance)))
         asked = {"model": self.model, "provider": self.provider, **self.options(instance)}
-        rows = LLMRequest.objects.using(router.db_for_write(LLMRequest, instance=instance) or using)
+        rows = LLMRequest.objects.using(router.db_for_write(LLMRequest, instance=instance))
         earlier = rows.filter(trigger=self.name).about(instance).unfinished()
         via = "enqueue" if self.queue else "publish"
         if self.queue:
             asked["queue"] = self.queue
-        with transaction.atomic(using=rows.db):
+        with _transactions(using, rows.db):
             # Two saves at once ask one after the other, so that the second sees the first's question.
-            watched = type(instance)._base_manager.using(using).filter(pk=instance.pk)
-            list(watched.select_for_update(of=("self",)).values_list("pk"))
+            list(_locked(type(instance), instance.pk, using).values_list("pk"))
             same = next((row for row in earlier if row.messages == messages), None)
             if same is not None:
                 return same
             # Asked before anybody read it: an answer to the older text would be paid for nothing.
-            earlier.pending().filter(claim_token=None, first_tried_at=None).update(
-                state=State.CANCELLED, finished_at=timezone.now()
-            )
+            now = timezone.now()
+            unsent = earlier.pending().filter(claim_token=None, first_tried_at=None)
+            for row in earlier:
+                unsent.filter(pk=row.pk).update(
+                    state=State.CANCELLED, finished_at=now, **changes_at_end(row, now)
+                )
             new: LLMRequest = getattr(rows, via)(
                 messages, about=instance, trigger=self.name, **asked
             )
@@ -153,62 +158,145 @@ def registered() -> list[Trigger]:
 # --- announcing ------------------------------------------------------------------------------
 
 
-def unannounced(using: str) -> LLMRequestQuerySet:
+def unannounced(using: str, now: datetime | None = None) -> LLMRequestQuerySet:
     """Finished, and its trigger and receivers still to be told, or told again by now."""
     return LLMRequest.objects.using(using).filter(
-        Q(announce_after=None) | Q(announce_after__lte=timezone.now()),
+        Q(announce_after=None) | Q(announce_after__lte=now or timezone.now()),
         announced_at=None,
         state__in=ANNOUNCED,
         announce_tries__lt=app_settings().announce_tries,
     )
 
 
-def announce(using: str, *, limit: int = 500) -> int:
+def announce(using: str, *, limit: int = 500, clock: Clock = timezone.now) -> int:
     """Tell triggers and receivers of up to ``limit`` finished requests; answers how many."""
-    keys = list(unannounced(using).order_by("id").values_list("pk", flat=True)[:limit])
-    return sum([_announce_one(using, pk) for pk in keys])
+    with_nobody = _pass_over_those_that_nobody_waits_for(using, limit, clock())
+    due = unannounced(using, clock()).order_by("id")
+    keys = list(due.values_list("pk", flat=True)[:limit])
+    return with_nobody + sum([_announce_one(using, pk, clock) for pk in keys])
 
 
-def _announce_one(using: str, pk: int) -> bool:
-    """Whether it was told, or failed to be. Once: the mark is in the transaction in which the user's code runs."""
-    rows = LLMRequest.objects.using(using)
+def _pass_over_those_that_nobody_waits_for(using: str, limit: int, now: datetime) -> int:
+    """Mark many at once as told where there is no trigger and no receiver to tell."""
+    nobody = [state for state, signal in _SIGNALS.items() if not signal.has_listeners(LLMRequest)]
+    if not nobody:
+        return 0
+    rows = unannounced(using, now).filter(trigger="", state__in=nobody)
+    keys = list(rows.order_by("id").values_list("pk", flat=True)[:limit])
+    return rows.filter(pk__in=keys).update(announced_at=now) if keys else 0
+
+
+def _announce_one(using: str, pk: int, clock: Clock) -> bool:
+    """Whether it was told, or failed to be."""
+    llm_request = _claim(using, pk, clock())
+    if llm_request is None:
+        return False  # another worker is telling it, or has told it
+    claimed = LLMRequest.objects.using(using).filter(
+        pk=pk, announced_at=None, announce_after=llm_request.announce_after
+    )
+    tries = llm_request.announce_tries
     try:
-        with transaction.atomic(using=using):
-            lockable = unannounced(using).filter(pk=pk)
-            if connections[using].features.has_select_for_update_skip_locked:
-                lockable = lockable.select_for_update(skip_locked=True, of=("self",))
-            llm_request = lockable.first()
-            if llm_request is None:
-                return False  # another worker is telling it, or has told it
-            rows.filter(pk=pk).update(announced_at=timezone.now(), announce_error="")
-            _tell(llm_request, using)
+        return _tell_once(llm_request, using, clock)
     # User code may raise anything, and the next request must be told all the same.
     except Exception as error:
-        logger.exception("Announcing LLM request %s failed; it will be tried again", pk)
-        tries = rows.filter(pk=pk).values_list("announce_tries", flat=True).first() or 0
-        rows.filter(pk=pk).update(
-            announce_tries=F("announce_tries") + 1,
-            announce_after=timezone.now() + timedelta(seconds=5 * 4**tries),
-            announce_error=clean_text(f"{type(error).__name__}: {error}", limit=2000),
+        logger.exception("Announcing LLM request %s failed", pk)
+        problem = app_settings().without_secrets(f"{type(error).__name__}: {error}")
+        claimed.update(
+            announce_error=clean_text(problem, limit=2000),
+            announce_after=clock() + timedelta(seconds=5 * 4 ** (tries - 1)),
         )
     return True
 
 
-def _tell(llm_request: LLMRequest, using: str) -> None:
-    is_completed = llm_request.state == State.COMPLETED
+def _claim(using: str, pk: int, now: datetime) -> LLMRequest | None:
+    """The request, ours to tell until its ``announce_after``; None when it is another's.
+
+    A claim and no lock: callbacks write to the row while a handler is at work. The try is counted
+    before it is made, so that code that takes its worker down is tried no more often than code that
+    raises.
+    """
+    until = now + timedelta(seconds=CLAIM_SECONDS)
+    due = unannounced(using, now).filter(pk=pk)
+    claimed = due.update(
+        announce_tries=F("announce_tries") + 1,
+        announce_after=until,
+        announce_error=_NEVER_CAME_BACK,
+    )
+    rows = LLMRequest.objects.using(using).filter(pk=pk, announced_at=None, announce_after=until)
+    return rows.first() if claimed else None
+
+
+def _tell_once(llm_request: LLMRequest, using: str, clock: Clock) -> bool:
+    """Whether this was the telling that counts: all that the user's code did and the mark that it
+    was told are one transaction.
+
+    The mark comes last, so that the row is locked for a moment only. It asks whether the same end
+    is still untold and not whether the claim still holds: of two who tell it, because one took
+    longer than its claim, the first to be done is the one.
+    """
+    rows = LLMRequest.objects.using(using).filter(pk=llm_request.pk)
+    state = llm_request.state
+    untold = rows.filter(announced_at=None, state=state, finished_at=llm_request.finished_at)
+    home = _home_of(llm_request, using)
+    # The user's first to be committed: what is not marked is told again, what is marked is not.
+    with _transactions(using, home):
+        _tell(llm_request, home)
+        if untold.update(announced_at=clock(), announce_error=""):
+            return True
+        if llm_request.state != state or not rows.exists():
+            return True  # retried from its dead letter or deleted, by the very code that was told
+        for alias in {using, home}:
+            transaction.set_rollback(True, using=alias)
+    return False
+
+
+def _home_of(llm_request: LLMRequest, using: str) -> str:
+    """The database of what was asked about, where a router has put our rows into another."""
     trigger = _registry.get(llm_request.trigger)
-    instance = _locked_instance(trigger, llm_request, using) if trigger else None
+    return router.db_for_write(trigger.watched) if trigger else using
+
+
+@contextmanager
+def _transactions(*aliases: str) -> Iterator[None]:
+    """A transaction in each of these databases. The last one's is the first to be committed."""
+    with ExitStack() as stack:
+        for alias in dict.fromkeys(aliases):
+            stack.enter_context(transaction.atomic(using=alias))
+        yield
+
+
+_SIGNALS = {State.COMPLETED: request_completed, State.FAILED: request_failed}
+_NEVER_CAME_BACK = "Being told, or the worker that told it died over it."
+
+
+def _tell(llm_request: LLMRequest, home: str) -> None:
+    # Read before the trigger's own code may take the request further.
+    state = State(llm_request.state)
+    trigger = _registry.get(llm_request.trigger)
+    if llm_request.trigger and trigger is None:
+        # Another worker may know it, one of a newer version say: nobody has been told yet.
+        raise ConfigurationError(
+            f"No trigger {llm_request.trigger!r} is registered in this worker. Could its app's "
+            "llm.py not be imported, or was it renamed or removed since it asked?"
+        )
+    instance = _locked_instance(trigger, llm_request, home) if trigger else None
     if trigger and instance is not None:
         with _write_back(trigger.name, instance.pk):
-            (trigger.completed if is_completed else trigger.failed)(instance, llm_request)
-    signal = request_completed if is_completed else request_failed
-    signal.send(LLMRequest, llm_request=llm_request)
+            tell = trigger.completed if state == State.COMPLETED else trigger.failed
+            tell(instance, llm_request)
+    _SIGNALS[state].send(LLMRequest, llm_request=llm_request)
 
 
-def _locked_instance(trigger: Trigger, llm_request: LLMRequest, using: str) -> models.Model | None:
+def _locked_instance(trigger: Trigger, llm_request: LLMRequest, home: str) -> models.Model | None:
     """What was asked about; None when it has been deleted since."""
-    manager = trigger.watched._base_manager.using(router.db_for_write(trigger.watched) or using)
-    return manager.select_for_update(of=("self",)).filter(pk=llm_request.object_id).first()
+    return _locked(trigger.watched, llm_request.object_id, home).first()
+
+
+def _locked(model: type[models.Model], pk: Any, using: str) -> models.QuerySet[models.Model]:
+    """Locked against writing; rows that refer to it may come meanwhile, where the database can."""
+    no_key = connections[using].features.has_select_for_no_key_update
+    rows = model._base_manager.using(using).filter(pk=pk)
+    return rows.select_for_update(of=("self",), no_key=no_key)
 
 
 @contextmanager

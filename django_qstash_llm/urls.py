@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from django.urls import path
 
-from .views import callback
+from .views import callback, health, ping
 
 app_name = "django_qstash_llm"
 urlpatterns = [
     path("callback/<uuid:uuid>/", callback, name="callback"),
     # Without the slash too: a redirect would count as a failed delivery.
     path("callback/<uuid:uuid>", callback),
+    path("ping/<uuid:uuid>/", ping, name="ping"),
+    path("ping/<uuid:uuid>", ping),
+    path("health/", health, name="health"),
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import logging
 import os
 import secrets
@@ -32,6 +33,9 @@ SWEEP_SECONDS = 1.0
 
 def main() -> int:
     options = parse_arguments()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Or a log that nobody watches as a terminal shows the address only at the end.
+        sys.stdout.reconfigure(line_buffering=True)
     options.directory.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         # The same ports at every start: what is on its way when the process is killed names them.

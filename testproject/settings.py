@@ -21,6 +21,7 @@ WSGI_APPLICATION = "testproject.wsgi.application"
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 STATIC_URL = "/static/"
 USE_TZ = True
+TIME_ZONE = "UTC"
 
 DATABASES = {"default": env.db("DATABASE_URL", default=f"sqlite:///{BASE_DIR / 'db.sqlite3'}")}
 if DATABASES["default"]["ENGINE"].endswith("sqlite3"):
@@ -100,4 +101,12 @@ if "PROVIDERS" not in QSTASH_LLM:
 elif "openai" not in QSTASH_LLM["PROVIDERS"]:
     QSTASH_LLM.setdefault("DEFAULT_PROVIDER", "anthropic")
     QSTASH_LLM.setdefault("DEFAULT_MODEL", "claude-haiku-4-5")
-QSTASH_SERVER: dict[str, Any] = {}
+# Upstash no longer answers for the models it hosted. Here the offline provider does.
+QSTASH_SERVER: dict[str, Any] = {
+    "HOSTED_MODELS_URL": env("OFFLINE_PROVIDER_URL", default="http://127.0.0.1:9000/v1"),
+    "HOSTED_MODELS_KEY": "offline",
+    "HOSTED_MODELS": {
+        "meta-llama/Meta-Llama-3-8B-Instruct": "extractive-offline-1",
+        "mistralai/Mistral-7B-Instruct-v0.2": "extractive-offline-1",
+    },
+}

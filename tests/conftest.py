@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
 import pytest
 from django.conf import settings
+from django.contrib.contenttypes.models import ContentType
+from django.db.models import Model
 from django.test import Client
 from django.utils import timezone
 
@@ -14,6 +17,9 @@ from django_qstash_llm.qstash import Callback, sign
 
 from .wire import FakeQStash, Wire
 from .wire import wire as the_wire
+
+# Other people's clients, from other registries: only when they are asked for (``tox -e referees``).
+collect_ignore = [] if os.environ.get("TEST_REFEREES") else ["referees"]
 
 ANSWER = {
     "id": "chatcmpl-1",
@@ -29,6 +35,14 @@ ANSWER = {
     ],
     "usage": {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12},
 }
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "last: asks about the tests before it")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("last") is not None)
 
 
 @pytest.fixture
@@ -73,3 +87,26 @@ def post_callback(client: Client) -> Callable[..., Any]:
         )
 
     return post
+
+
+class OursIntoTheSecond:
+    """A database router, as a site has one that keeps our rows apart from its own."""
+
+    def db_for_read(self, model: type[Model], **hints: Any) -> str | None:
+        return "second" if model._meta.app_label == "django_qstash_llm" else None
+
+    db_for_write = db_for_read
+
+    def allow_relation(self, first: Model, other: Model, **hints: Any) -> bool:
+        return True
+
+
+@pytest.fixture
+def second_database(transactional_db: None, settings: Any) -> str:
+    """Where our rows are while the site's own are in the default one. Needs a test that is marked
+    ``django_db(databases=["default", "second"], transaction=True)``."""
+    settings.DATABASE_ROUTERS = [OursIntoTheSecond()]
+    # As they are on a site whose two databases have been migrated alike.
+    ContentType.objects.using("second").all().delete()
+    ContentType.objects.using("second").bulk_create(ContentType.objects.using("default"))
+    return "second"

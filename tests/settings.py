@@ -37,6 +37,11 @@ else:
     DATABASES["default"]["TEST"] = {
         "NAME": env("TEST_DATABASE_NAME", default="test_django_qstash_llm")
     }
+# For a router to put our models there. It is made only for tests that say so.
+DATABASES["second"] = {
+    **DATABASES["default"],
+    "TEST": {"NAME": f"{DATABASES['default']['TEST']['NAME']}_second"},
+}
 
 INSTALLED_APPS = [
     "django.contrib.admin",
@@ -86,6 +91,9 @@ REST_FRAMEWORK = {
     "DEFAULT_THROTTLE_RATES": {"anon": "1/day"},
     "DEFAULT_PARSER_CLASSES": ["rest_framework.parsers.FormParser"],
     "DEFAULT_RENDERER_CLASSES": ["rest_framework.renderers.BrowsableAPIRenderer"],
+    "DEFAULT_VERSIONING_CLASS": "rest_framework.versioning.AcceptHeaderVersioning",
+    "ALLOWED_VERSIONS": ["2"],
+    "COMPACT_JSON": False,
 }
 
 QSTASH_URL = "http://testserver/qstash"

@@ -11,6 +11,7 @@ from datetime import timedelta
 from decimal import Decimal
 from html.parser import HTMLParser
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import pytest
@@ -25,11 +26,19 @@ from django.utils import timezone
 
 from django_qstash_llm.admin import text
 from django_qstash_llm.conf import app_settings
-from django_qstash_llm.models import Batch, CallbackResponse, Conversation, LLMRequest
+from django_qstash_llm.models import (
+    Batch,
+    CallbackResponse,
+    Circuit,
+    Conversation,
+    LLMRequest,
+)
 from django_qstash_llm.models.callback import Kind
 from django_qstash_llm.models.request import State, Via
+from django_qstash_llm.qstash import Callback
 from testproject.articles.models import Article
 
+from .conftest import ANSWER
 from .wire import FakeQStash
 
 pytestmark = pytest.mark.django_db
@@ -43,6 +52,10 @@ RECEIPTS = "admin:django_qstash_llm_callbackresponse_changelist"
 RECEIPT = "admin:django_qstash_llm_callbackresponse_change"
 CONVERSATIONS = "admin:django_qstash_llm_conversation_changelist"
 CONVERSATION = "admin:django_qstash_llm_conversation_change"
+CIRCUITS = "admin:django_qstash_llm_circuit_changelist"
+CIRCUIT = "admin:django_qstash_llm_circuit_change"
+MESSAGES = [{"role": "user", "content": "?"}]
+ANSWERED = json.dumps(ANSWER).encode()
 
 XSS = (
     "<script>xss()</script>",
@@ -188,6 +201,19 @@ def receipt_of(llm_request: LLMRequest | None, **fields: Any) -> CallbackRespons
             **fields,
         },
     )
+
+
+def misread() -> LLMRequest:
+    """Failed on an answer that can be read by now."""
+    row = failed(error_code="not_json")
+    receipt_of(row, body=ANSWERED, applied_at=timezone.now())
+    return row
+
+
+def unread() -> CallbackResponse:
+    """Its reading broke."""
+    row = submitted(deadline_at=timezone.now() + timedelta(minutes=9))
+    return receipt_of(row, body=ANSWERED, apply_tries=1, problem="KeyError: 'choices'")
 
 
 def page_of(client: Client, name: str, obj: Any = None) -> Page:
@@ -351,6 +377,7 @@ def test_the_list_reads_no_prompts_and_counts_once(admin_client: Client) -> None
         ("attention=error", "failed"),
         ("attention=unpriced", "unpriced"),
         ("attention=dead_letter", "dead"),
+        ("attention=overdue", "overdue"),
         ("attention=unannounced", "waiting"),
         ("attention=handler_failed", "trying"),
         ("attention=given_up", "given_up"),
@@ -364,6 +391,9 @@ def test_filters_find(admin_client: Client, query: str, matching: str) -> None:
         "claude": completed(provider="anthropic"),
         "unpriced": completed(cost=None),
         "dead": completed(dead_letter_id="dlq-1"),
+        "overdue": submitted(
+            deadline_at=timezone.now() - timedelta(minutes=1), announced_at=timezone.now()
+        ),
         "waiting": completed(announced_at=None),
         "trying": completed(announced_at=None, announce_tries=1, announce_error="ValueError: x"),
         "given_up": completed(announced_at=None, announce_tries=5, announce_error="ValueError: x"),
@@ -513,6 +543,15 @@ def test_a_request_of_a_provider_that_has_left_the_settings_has_a_page(
 ) -> None:
     row = completed(provider="gone", model="old-model")
     assert '"model": "old-model"' in page_of(admin_client, REQUEST, row).text
+
+
+def test_what_was_forgotten_is_said_to_be_and_cannot_be_asked_again(admin_client: Client) -> None:
+    row = completed(messages=[], digest="ab" * 32, forgotten_at=timezone.now())
+    shown = page_of(admin_client, REQUEST, row).text
+    assert "Forgotten: the messages are not kept." in shown
+    assert "ab" * 32 in shown
+    assert "Resubmit…" not in shown
+    assert "Resubmit…" in page_of(admin_client, REQUEST, completed()).text
 
 
 def test_a_handler_that_was_given_up_is_shown_with_its_error(admin_client: Client) -> None:
@@ -705,15 +744,21 @@ def test_who_may_only_view_can_use_no_verb(
 ) -> None:
     client = staff_client("view_llmrequest", "view_batch", "change_batch")
     batch = Batch.objects.create()
-    bad, going = failed(batch=batch), submitted(batch=batch)
+    bad, going = failed(batch=batch, dead_letter_id="dlq-1"), submitted(batch=batch)
+    receipt_of(bad, body=ANSWERED)
     act(client, REQUESTS, "cancel", going)
     act(client, REQUESTS, "resubmit", bad, confirmed="1")
+    act(client, REQUESTS, "retry_dead_letter", bad, confirmed="1")
+    act(client, REQUESTS, "drop_dead_letter", bad)
+    act(client, REQUESTS, "read_again", bad)
     act(client, BATCHES, "cancel_unfinished", batch)
     act(client, BATCHES, "resubmit_failed", batch, confirmed="1")
     assert qstash.calls == []
     assert LLMRequest.objects.count() == 2
-    going.refresh_from_db()
-    assert going.state == State.SUBMITTED
+    for row, state in ((going, State.SUBMITTED), (bad, State.FAILED)):
+        row.refresh_from_db()
+        assert row.state == state
+    assert bad.dead_letter_id == "dlq-1"
 
 
 @pytest.mark.parametrize(
@@ -725,6 +770,13 @@ def test_who_may_only_view_can_use_no_verb(
         (failed, ["resubmit"]),
         (lambda: failed(announced_at=None, announce_tries=2), ["resubmit", "announce_again"]),
         (lambda: pending(state=State.CANCELLED), ["resubmit"]),
+        (
+            lambda: failed(dead_letter_id="dlq-1"),
+            ["resubmit", "retry_dead_letter", "drop_dead_letter"],
+        ),
+        (lambda: completed(dead_letter_id="dlq-1"), ["resubmit", "drop_dead_letter"]),
+        (lambda: misread(), ["resubmit", "read_again"]),
+        (lambda: unread().llm_request, ["cancel", "read_again"]),
     ],
 )
 def test_buttons_fit_the_state(admin_client: Client, make: Any, buttons: list[str]) -> None:
@@ -867,6 +919,134 @@ def test_what_was_told_or_is_not_finished_is_not_told_again(
     assert "there is nothing to announce" in messages_of(response)[0]
 
 
+def test_retrying_a_dead_letter_asks_first_and_then_submits_it_once_more(
+    admin_client: Client, qstash: FakeQStash
+) -> None:
+    qstash.answer = lambda request: httpx.Response(201, json={"messageId": "msg_new"})
+    row, without = failed(dead_letter_id="dlq-1"), failed()
+    page = Page(act(admin_client, REQUESTS, "retry_dead_letter", row, without))
+    assert "QStash is about to try 2 requests again, from its dead letters." in page.text
+    assert "1 has not failed or has no known dead letter, and will be refused." in page.text
+    assert qstash.calls == []
+
+    response = act(admin_client, REQUESTS, "retry_dead_letter", row, without, confirmed="1")
+    assert messages_of(response) == [
+        "1 request is being tried again.",
+        f"{without.uuid} has no known dead letter: resubmit it instead.",
+    ]
+    assert qstash.calls == ["POST /v2/dlq/retry/dlq-1"]
+    row.refresh_from_db()
+    assert (row.state, row.qstash_message_id) == ("submitted", "msg_new")
+    assert LogEntry.objects.get().get_change_message() == "Retried from its dead letter."
+
+
+def test_retrying_from_the_page_leads_back_to_it(admin_client: Client, qstash: FakeQStash) -> None:
+    qstash.answer = lambda request: httpx.Response(201, json={"messageId": "msg_new"})
+    row = failed(dead_letter_id="dlq-1")
+    page = Page(act(admin_client, REQUESTS, "retry_dead_letter", row, from_page="1"))
+    hidden = {
+        str(a["name"]): a["value"]
+        for tag, a in page.elements
+        if tag == "input" and a.get("type") == "hidden" and a["name"] != "csrfmiddlewaretoken"
+    }
+    response = admin_client.post(reverse(REQUESTS), hidden)
+    assert response.url == reverse(REQUEST, args=[row.pk])
+    assert page_of(admin_client, REQUEST, row).buttons() == ["cancel"]
+
+
+def test_retry_that_qstash_does_not_take_is_shown_plainly(
+    admin_client: Client, qstash: FakeQStash
+) -> None:
+    row = failed(dead_letter_id="dlq-1")
+    response = act(admin_client, REQUESTS, "retry_dead_letter", row, confirmed="1")
+    assert messages_of(response) == [
+        f'{row.uuid}: QStash answered 404: {{"error":"not found"}}',
+    ]
+
+
+def test_dropping_a_dead_letter_deletes_it_at_qstash(
+    admin_client: Client, qstash: FakeQStash
+) -> None:
+    qstash.answer = lambda request: httpx.Response(200, json={})
+    row = failed(dead_letter_id="dlq-1")
+    response = act(admin_client, REQUESTS, "drop_dead_letter", row, from_page="1")
+    assert messages_of(response) == ["1 dead letter was dropped."]
+    assert response.url == reverse(REQUEST, args=[row.pk])
+    assert qstash.calls == ["DELETE /v2/dlq/dlq-1"]
+    assert page_of(admin_client, REQUEST, row).buttons() == ["resubmit"]
+
+
+def test_an_answer_that_was_misread_is_read_again_for_nothing(
+    admin_client: Client, qstash: FakeQStash
+) -> None:
+    row, without = misread(), failed()
+    response = act(admin_client, REQUESTS, "read_again", row, without)
+    assert messages_of(response) == [
+        "1 read again; 1 of them changed something.",
+        f"{without.uuid}: nothing is stored that could be read again.",
+    ]
+    row.refresh_from_db()
+    assert (row.state, row.completion) == ("completed", "Forty-two.")
+    assert qstash.calls == []
+
+
+def test_an_answer_is_read_anew_when_its_model_has_a_price(
+    admin_client: Client, settings: Any
+) -> None:
+    row = misread()
+    act(admin_client, REQUESTS, "read_again", row)
+    row.refresh_from_db()
+    assert (row.state, row.cost) == ("completed", None)
+    told_at = row.announced_at
+    assert "read_again" in page_of(admin_client, REQUEST, row).buttons()
+    prices = {f"{row.provider}/{row.model}": {"input": "1", "output": "2"}}
+    settings.QSTASH_LLM = {**settings.QSTASH_LLM, "PRICES": prices}
+    assert messages_of(act(admin_client, REQUESTS, "read_again", row)) == [
+        "1 read again; 1 of them changed something."
+    ]
+    row.refresh_from_db()
+    assert row.cost == Decimal(row.input_tokens + 2 * row.output_tokens) / 1_000_000
+    assert (row.state, row.announced_at) == ("completed", told_at)
+
+
+def test_an_answer_that_is_still_unreadable_says_why(admin_client: Client) -> None:
+    row = misread()
+    CallbackResponse.objects.update(body=b"<answer/>")
+    LLMRequest.objects.update(error="the answer is not JSON")
+    response = act(admin_client, REQUESTS, "read_again", row)
+    assert messages_of(response) == [f"{row.uuid}: the answer is not JSON"]
+
+
+def test_receipts_are_read_again_quarantined_ones_too(
+    admin_client: Client, qstash: FakeQStash
+) -> None:
+    receipt, row = unread(), submitted(qstash_message_id="msg_8")
+    envelope = Callback(status=200, body=ANSWERED, source_message_id="msg_8").to_json()
+    quarantined = receipt_of(
+        row, kind=Kind.QUARANTINED, source_message_id="sha256:1", body=envelope
+    )
+    broken = receipt_of(row, kind=Kind.QUARANTINED, source_message_id="sha256:2", body=b"[]")
+    assert page_of(admin_client, RECEIPT, receipt).buttons() == ["read_again"]
+    response = act(admin_client, RECEIPTS, "read_again", receipt, quarantined, broken)
+    done, refused = messages_of(response)
+    assert done == "2 read again; 2 of them changed something."
+    assert refused.startswith(f"{row.uuid}: Still not an envelope")
+    assert set(LLMRequest.objects.values_list("state", flat=True)) == {"completed"}
+    assert page_of(admin_client, RECEIPT, receipt).buttons() == []
+    assert LogEntry.objects.count() == 2
+
+
+def test_reading_again_needs_the_permission_to_change_requests(
+    staff_client: Callable[..., Client],
+) -> None:
+    client = staff_client("view_callbackresponse", "change_callbackresponse")
+    receipt = unread()
+    assert page_of(client, RECEIPT, receipt).buttons() == []
+    act(client, RECEIPTS, "read_again", receipt)
+    receipt.refresh_from_db()
+    assert receipt.applied_at is None
+
+
 def test_everything_that_matches_can_be_chosen_and_is_taken_in_portions(
     admin_client: Client,
 ) -> None:
@@ -927,10 +1107,58 @@ def test_the_failed_of_a_batch_are_resubmitted_once(admin_client: Client) -> Non
     assert "1 request is about to be asked again" in page.text
     for _ in range(2):
         act(admin_client, BATCHES, "resubmit_failed", batch, confirmed="1")
+    assert LLMRequest.objects.count() == 3
     assert batch.counts() == {
-        "pending": 1, "submitted": 0, "completed": 1, "failed": 1, "cancelled": 0
+        "pending": 1, "submitted": 0, "completed": 1, "failed": 0, "cancelled": 0
     }  # fmt: skip
-    assert page_of(admin_client, BATCH, batch).buttons() == ["cancel_unfinished"]
+    page = page_of(admin_client, BATCH, batch)
+    assert page.buttons() == ["cancel_unfinished"]
+    assert "1 completed, 1 pending" in page.text
+    entry = LogEntry.objects.get()
+    assert (entry.object_id, entry.get_change_message()) == (
+        str(batch.pk),
+        "Resubmitted 1 failed request.",
+    )
+
+
+def test_what_failed_in_a_batch_and_cannot_be_asked_is_named_with_the_reason(
+    admin_client: Client,
+) -> None:
+    batch = Batch.objects.create()
+    gone = failed(batch=batch, provider="gone")
+    failed(batch=batch)
+    response = act(admin_client, BATCHES, "resubmit_failed", batch, confirmed="1")
+    success, reason = messages_of(response)
+    assert success == "1 request was resubmitted."
+    assert reason.startswith(f"{gone.uuid}: ")
+    assert "there is no provider 'gone'" in reason
+    assert LLMRequest.objects.count() == 3
+
+
+def test_all_that_failed_in_a_large_batch_is_resubmitted_in_one_portion(
+    admin_client: Client,
+) -> None:
+    batch = Batch.objects.create()
+    LLMRequest.objects.bulk_create(
+        LLMRequest(model="m", provider="openai", messages=MESSAGES, state=State.FAILED, batch=batch)
+        for _ in range(502)
+    )
+    page = Page(act(admin_client, BATCHES, "resubmit_failed", batch))
+    assert "502 requests are about to be asked again" in page.text
+    response = act(admin_client, BATCHES, "resubmit_failed", batch, confirmed="1")
+    assert messages_of(response) == ["502 requests were resubmitted."]
+    assert LLMRequest.objects.pending().count() == 502
+
+
+def test_resubmitting_from_a_batch_without_a_token_names_the_setting(
+    admin_client: Client, settings: Any
+) -> None:
+    batch = Batch.objects.create()
+    failed(batch=batch)
+    settings.QSTASH_TOKEN = ""
+    response = act(admin_client, BATCHES, "resubmit_failed", batch, confirmed="1")
+    assert "QSTASH_TOKEN" in messages_of(response)[0]
+    assert LLMRequest.objects.count() == 1
 
 
 def test_a_receipt_shows_its_body_as_text(admin_client: Client) -> None:
@@ -964,6 +1192,75 @@ def test_receipts_without_a_request_are_found(admin_client: Client) -> None:
     for query, wanted in (("orphaned=yes", orphan), ("orphaned=no", here)):
         found = admin_client.get(f"{reverse(RECEIPTS)}?{query}").context["cl"].result_list
         assert [row.pk for row in found] == [wanted.pk]
+
+
+def test_receipts_that_a_person_should_see_are_found(admin_client: Client) -> None:
+    now = timezone.now()
+    wanted = {
+        "unread": unread(),
+        "recovered": receipt_of(
+            submitted(), source_message_id="msg_8", is_recovered=True, applied_at=now
+        ),
+        "next_key": receipt_of(
+            submitted(), source_message_id="msg_9", verified_by_next_key=True, applied_at=now
+        ),
+    }
+    for query, receipt in wanted.items():
+        found = admin_client.get(f"{reverse(RECEIPTS)}?attention={query}").context["cl"].result_list
+        assert [row.pk for row in found] == [receipt.pk]
+
+
+def test_a_receipts_page_says_how_its_reading_went(admin_client: Client) -> None:
+    shown = page_of(admin_client, RECEIPT, unread()).text
+    assert re.search(r"Apply tries: +1", shown)
+    assert "KeyError: 'choices'" in shown
+    assert not re.search("Applied at|Recovered", shown)
+    recovered = receipt_of(
+        submitted(), source_message_id="msg_8", is_recovered=True, applied_at=timezone.now()
+    )
+    shown = page_of(admin_client, RECEIPT, recovered).text
+    assert "Applied at" in shown
+    assert "Recovered" in shown
+
+
+def test_a_ping_has_a_page_and_nothing_to_read_again(admin_client: Client) -> None:
+    ping = receipt_of(None, uuid=uuid4(), kind=Kind.PING, applied_at=timezone.now())
+    page = page_of(admin_client, RECEIPT, ping)
+    assert page.buttons() == []
+    assert "↔" in page.text
+    response = act(admin_client, RECEIPTS, "read_again", ping)
+    assert "A ping says nothing about a request." in messages_of(response)[0]
+
+
+def test_a_waiting_request_shows_its_deadline_and_how_often_qstash_was_asked(
+    admin_client: Client,
+) -> None:
+    row = submitted(deadline_at=timezone.now(), inquiries=3)
+    shown = page_of(admin_client, REQUEST, row).text
+    assert "Deadline" in shown
+    assert re.search(r"Inquiries: +3", shown)
+
+
+def test_a_circuit_is_shown_and_closed_by_who_may(
+    admin_client: Client, staff_client: Callable[..., Client]
+) -> None:
+    now = timezone.now()
+    Circuit.objects.trip("qstash", "429: <b>daily limit</b>", now=now)
+    circuit = Circuit.objects.get()
+    assert_inert(page_of(admin_client, CIRCUITS))
+    assert "daily limit" in page_of(admin_client, CIRCUITS).text
+    viewer = staff_client("view_circuit", "change_circuit")
+    assert page_of(viewer, CIRCUIT, circuit).buttons() == []
+    act(viewer, CIRCUITS, "close", circuit)
+    assert not Circuit.objects.may_call("qstash", now)
+
+    assert page_of(admin_client, CIRCUIT, circuit).buttons() == ["close"]
+    response = act(admin_client, CIRCUITS, "close", circuit, from_page="1")
+    assert messages_of(response) == ["1 circuit was closed."]
+    assert Circuit.objects.may_call("qstash", now)
+    assert page_of(admin_client, CIRCUIT, circuit).buttons() == []
+    delete = reverse("admin:django_qstash_llm_circuit_delete", args=[circuit.pk])
+    assert admin_client.post(delete, {"post": "yes"}).status_code == 403
 
 
 def test_receipts_are_found_by_request_and_message(admin_client: Client) -> None:

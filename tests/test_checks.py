@@ -137,6 +137,10 @@ def test_public_development_key_is_an_error_outside_debug(name: str, public: str
         ("https://example.com/llm?a=1", "E003"),
         ("https://example.com/llm#a", "E003"),
         ("https://exämple.com/llm", "E003"),
+        ("https://me:password@example.com/llm", "E003"),
+        ("http://[bad", "E003"),
+        ("https://example.com:port/llm", "E003"),
+        ("https://example.com:99999/llm", "E003"),
         ("https://example.com/wrong", "W001"),
         ("https://example.com", "W001"),
         ("http://example.com/llm", "W002"),
@@ -171,6 +175,13 @@ def test_plain_http_is_fine_in_development() -> None:
         ({"openai": {"API_KEY": "k"}, "mine": {}}, "['mine']['BASE_URL'] is not set"),
         ({"openai": "sk-secret"}, "['openai'] is not a dictionary"),
         ({"openai": None}, "['openai'] is not a dictionary"),
+        ({5: {"API_KEY": "k"}}, "[5]: a provider's name"),
+        ({"openai": {"API_KEY": "k", 5: 1}}, "no option 5"),
+        ({"openai": {"API_KEY": "k", "BASE_URL": "http://[bad"}}, "not an http(s) URL"),
+        ({"openai": {"API_KEY": "k", "MODELS": 5}}, "['MODELS'] is not a list"),
+        ({"openai": {"API_KEY": "k", "MODELS": "gpt-5"}}, "['MODELS'] is not a list"),
+        ({"openai": {"API_KEY": "k", "MAX_TOKENS": "many"}}, "['MAX_TOKENS'] is not a whole"),
+        ({"openai": {"API_KEY": "k", "KIND": ["openai"]}}, "['KIND'] is ['openai']"),
         ({"openai": {"API_KEY": "k"}, "n" * 65: {}}, "1 to 64 characters"),
         ({}, "DEFAULT_PROVIDER is 'openai'"),
     ],
@@ -198,7 +209,10 @@ def test_default_provider_may_be_upstash() -> None:
         ({"TIMEOUT": "60"}, "TIMEOUT", "a whole number"),
         ({"SIGNATURE_LEEWAY": "30"}, "SIGNATURE_LEEWAY", "a number"),
         ({"CALLBACK_BASE_URL": None}, "CALLBACK_BASE_URL", "a text"),
+        ({"CALLBACK_BASE_URL": 5}, "CALLBACK_BASE_URL", "a text"),
         ({"FORMER_CALLBACK_BASE_URLS": "https://a"}, "FORMER_CALLBACK_BASE_URLS", "a list"),
+        ({"FORMER_CALLBACK_BASE_URLS": [5]}, "FORMER_CALLBACK_BASE_URLS", "a list of texts"),
+        ({"HEALTH_TOKEN": 5}, "HEALTH_TOKEN", "a text"),
     ],
 )
 def test_setting_of_the_wrong_type_is_found(changed: dict[str, Any], name: str, hint: str) -> None:
@@ -298,3 +312,20 @@ def test_sqlite_is_looked_at_only_when_databases_are() -> None:
 @pytest.mark.skipif(connection.vendor == "sqlite", reason="about the others")
 def test_other_databases_need_no_such_options() -> None:
     assert check_sqlite(None, databases=["default"]) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "id"),
+    [
+        ({"STORE_MESSAGES": "some"}, "E007"),
+        ({"RETENTION_DAYS": 0}, "E007"),
+        ({"ORPHAN_RETENTION_DAYS": -1}, "E007"),
+        ({"DEADLINE": 0}, "E007"),
+        ({"HEALTH_LATE": -5.0}, "E007"),
+        ({"HEALTH_TOKEN": "short"}, "E010"),
+    ],
+)
+def test_what_is_kept_waited_for_and_shown_is_checked(change: dict[str, Any], id: str) -> None:
+    [name] = change
+    problems = [each for each in in_ours(**change) if name in each.msg]
+    assert ids(problems) == [id]

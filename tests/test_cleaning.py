@@ -66,8 +66,31 @@ def test_deep_json_is_cut_and_not_followed() -> None:
     assert clean == ["…"]
 
 
+def test_deep_objects_are_cut_and_not_followed() -> None:
+    clean = clean_json(json.loads('{"a":' * 900 + "1" + "}" * 900))
+    for _ in range(DEEPEST):
+        assert list(clean) == ["a"]
+        clean = clean["a"]
+    assert clean == "…"
+
+
+def test_lists_and_objects_count_alike_for_the_depth() -> None:
+    clean = clean_json(json.loads('[{"a":' * 100 + "1" + "}]" * 100))
+    for _ in range(DEEPEST // 2):
+        [inner] = clean
+        clean = inner["a"]
+    assert clean == "…"
+
+
 def test_number_of_ten_thousand_digits_is_cut() -> None:
     assert clean_json(10**10_000) == "…"
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_number_of_a_thousand_digits_keeps_the_first_ones(sign: int) -> None:
+    widest = 2**4095 - 1
+    assert clean_json(sign * widest) == str(sign * widest)[:64]
+    assert clean_json(sign * (widest + 1)) == "…"
 
 
 any_json = st.recursive(

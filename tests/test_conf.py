@@ -98,6 +98,57 @@ def test_what_is_too_short_to_be_a_key_is_not_blacked_out() -> None:
         assert app_settings().without_secrets("an x-ray") == "an x-ray"
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("lm-studio", "not-needed", "no-key-required", "placeholder", "your-api-key-here"),
+        *("NOT_NEEDED", "Dummy Key", "Anything", "YOUR_API_KEY", " lm-studio "),
+    ],
+)
+def test_what_local_servers_are_given_for_a_key_is_no_secret(key: str) -> None:
+    with override_settings(QSTASH_LLM={"PROVIDERS": {"local": {"API_KEY": key}}}):
+        text = f"Take {key.strip()} for a key."
+        assert app_settings().without_secrets(text) == text
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "sk-short-key",  # a prefix says that it is meant for one
+        "lm-studio-2",
+        "hunter22",
+        "qWertyUiop",
+        "abcdefghijklmnop",  # longer than words are
+        "correct-horse-battery-staple",
+        "12345678",
+    ],
+)
+def test_what_may_be_a_key_is_blacked_out(key: str) -> None:
+    with override_settings(QSTASH_LLM={"PROVIDERS": {"local": {"API_KEY": key}}}):
+        assert app_settings().without_secrets(f"Bearer {key}.") == "Bearer [redacted]."
+
+
+def test_a_token_is_a_secret_whatever_its_words() -> None:
+    with override_settings(QSTASH_TOKEN="our-token", QSTASH_LLM={}):
+        assert app_settings().without_secrets("our-token") == "[redacted]"
+
+
+def test_secrets_are_blacked_out_however_deep() -> None:
+    with override_settings(QSTASH_TOKEN="token-0123", QSTASH_LLM={}):
+        value = {"token-0123": ["a token-0123", 5, None, {"b": "token-0123"}]}
+        assert app_settings().without_secrets_in(value) == {
+            "[redacted]": ["a [redacted]", 5, None, {"b": "[redacted]"}]
+        }
+
+
+@pytest.mark.parametrize("missing", range(1, 10))
+def test_text_is_cut_when_no_key_is_left_in_it(missing: int) -> None:
+    with override_settings(QSTASH_TOKEN="token-0123", QSTASH_LLM={}):
+        text = "x" * (10 + missing) + "token-0123"
+        kept = app_settings().without_secrets(text, limit=20)
+        assert (len(kept), "tok" in kept) == (20, False)
+
+
 @pytest.mark.parametrize("slash", ["", "/", "//"])
 def test_callback_url_is_under_the_base_url(slash: str) -> None:
     with override_settings(QSTASH_LLM={"CALLBACK_BASE_URL": f"https://example.com/llm{slash}"}):

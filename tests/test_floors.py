@@ -14,7 +14,7 @@ HOUSE = Path(django_qstash_llm.__file__).parent
 ROOMS = sorted(file.relative_to(HOUSE).as_posix() for file in HOUSE.rglob("*.py"))
 DOORS = ("admin", "apps", "checks", "management", "openai", "testing", "urls", "views")
 FRAMEWORKS = ("celery", "django", "environ", "kombu", "rest_framework")
-HTTPX_ROOMS = {"chat.py", "qstash/client.py", "server/delivery.py"}
+HTTPX_ROOMS = {"chat.py", "qstash/client.py", "server/delivery/http.py"}
 
 
 def imports(room: str) -> set[str]:
@@ -71,10 +71,15 @@ def test_httpx_is_named_in_few_rooms(room: str) -> None:
     assert under(imports(room), "httpx") == set()
 
 
-@pytest.mark.parametrize("room", ["conf.py", "exceptions.py", "cleaning.py"])
+@pytest.mark.parametrize("room", ["conf.py", "exceptions.py", "cleaning.py", "limits.py"])
 def test_the_ground_floor_rests_on_the_protocol_only(room: str) -> None:
-    allowed = ours("qstash", "exceptions")
+    allowed = ours("qstash", "exceptions", "cleaning")
     assert under(imports(room), PACKAGE) - under(imports(room), *allowed) <= {PACKAGE}
+
+
+@pytest.mark.parametrize("room", ["cleaning.py", "limits.py"])
+def test_what_both_sides_of_the_wire_read_with_knows_no_framework(room: str) -> None:
+    assert under(imports(room), *FRAMEWORKS) == set()
 
 
 @pytest.mark.parametrize("room", [room for room in ROOMS if room.startswith("models/")])

@@ -64,6 +64,18 @@ def test_every_name_of_upstash_is_there() -> None:
     assert rows_of_table("Upstash's names stand at top level").keys() == UPSTASH_NAMES.keys()
 
 
+def test_every_promise_is_held_by_tests_that_are_there() -> None:
+    promises = rows_of_table("one checker look at ledgers that were kept outside the system.")
+    assert list(promises) == [str(number) for number in range(1, 13)]
+    for row in promises.values():
+        held_by = re.findall(r"`(tests/[^`:]+)(?:::(\w+))?`", row[2])
+        assert held_by
+        for path, name in held_by:
+            place = Path(__file__).parent.parent / path
+            assert place.exists(), path
+            assert not name or f"def {name}(" in place.read_text(), name
+
+
 def test_every_option_of_a_provider_is_there() -> None:
     assert set(rows_of_table("### Providers\n").keys()) <= set(providers.OPTIONS)
     for option in providers.OPTIONS:

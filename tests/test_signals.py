@@ -69,14 +69,19 @@ def test_signal_is_sent_after_the_callback_is_committed_in_one_transaction_with_
 ) -> None:
     seen = []
 
+    def look(key: int) -> None:
+        stored = LLMRequest.objects.get(pk=key)
+        seen.append((stored.completion, stored.announced_at is not None))
+
     def hear(llm_request: LLMRequest) -> None:
         assert transaction.get_connection().in_atomic_block
-        stored = LLMRequest.objects.get(pk=llm_request.pk)
-        seen.append((stored.completion, stored.announced_at is not None))
+        look(llm_request.pk)
+        transaction.on_commit(lambda: look(llm_request.pk))
 
     listen(request_completed, hear)
     post_callback(LLMRequest.objects.publish(MESSAGES), DONE)
-    assert seen == [("Forty-two.", True)]
+    # The mark is the last word of the transaction, and not the first.
+    assert seen == [("Forty-two.", False), ("Forty-two.", True)]
 
 
 @pytest.mark.django_db

@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
@@ -11,12 +13,16 @@ from django.contrib.auth.models import Group
 from django.core.management import call_command
 from django.db import connection, connections, transaction
 from django.db.models.signals import post_save
+from django.dispatch import Signal
+from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
 from django_qstash_llm import triggers
 from django_qstash_llm.exceptions import ConfigurationError, InvalidRequest
+from django_qstash_llm.health import Health
 from django_qstash_llm.models import LLMRequest
 from django_qstash_llm.qstash import Callback
+from django_qstash_llm.signals import request_completed, request_failed
 from django_qstash_llm.triggers import Trigger, register
 from testproject.articles.models import Article
 
@@ -26,6 +32,7 @@ from .wire import FakeQStash
 pytestmark = pytest.mark.django_db
 
 Watch = Callable[[type[Trigger]], Trigger]
+QUESTION = [{"role": "user", "content": "How many roads?"}]
 SUMMARISE = "testproject.articles.llm.Summarise"
 
 
@@ -48,7 +55,7 @@ def watch() -> Iterator[Watch]:
     yield register_for_now
     for name in names:
         post_save.disconnect(sender=Group, dispatch_uid=name)
-        triggers._registry.pop(name)
+        triggers._registry.pop(name, None)
 
 
 class Rename(Trigger):
@@ -68,6 +75,42 @@ def done(text: str = "Forty-two.", message_id: str = "msg_1") -> Callback:
 def gave_up(message_id: str = "msg_1") -> Callback:
     body = b'{"error": {"message": "no such model", "code": "model_not_found"}}'
     return Callback(status=404, body=body, source_message_id=message_id, dlq_id="dlq_1")
+
+
+def name_of_effects() -> list[str]:
+    return list(Group.objects.order_by("id").values_list("name", flat=True))
+
+
+def at(seconds: float, since: datetime) -> Callable[[], datetime]:
+    return lambda: since + timedelta(seconds=seconds)
+
+
+def meanwhile(work: Callable[[], Any]) -> Any:
+    """What ``work`` answers over another connection, while the transaction here stands open."""
+
+    def run() -> Any:
+        try:
+            with connection.cursor() as cursor:
+                cursor.execute("SET lock_timeout = '5s'")
+            return work()
+        finally:
+            connection.close()
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(run).result()
+
+
+@pytest.fixture
+def listen() -> Iterator[Callable[[Signal, Callable[..., None]], None]]:
+    connected = []
+
+    def to(signal: Signal, hear: Callable[..., None]) -> None:
+        signal.connect(hear, weak=False)
+        connected.append((signal, hear))
+
+    yield to
+    for signal, hear in connected:
+        signal.disconnect(hear)
 
 
 def make_due(llm_request: LLMRequest) -> None:
@@ -201,6 +244,27 @@ def test_older_pending_question_is_cancelled_by_a_newer(watch: Watch) -> None:
         "cancelled",
         "pending",
     ]
+
+
+@pytest.mark.parametrize(
+    ("stored", "messages", "has_digest"),
+    [("full", 1, False), ("hashed", 0, True), ("none", 0, False)],
+)
+def test_of_an_overtaken_question_is_kept_what_the_site_keeps(
+    watch: Watch, settings: Any, stored: str, messages: int, has_digest: bool
+) -> None:
+    settings.QSTASH_LLM = {**settings.QSTASH_LLM, "STORE_MESSAGES": stored}
+    watch(Rename)
+    group = Group.objects.create(name="a")
+    group.name = "b"
+    group.save()
+    older, newer = LLMRequest.objects.order_by("id")
+    assert (older.state, len(older.messages), older.digest != "") == (
+        "cancelled",
+        messages,
+        has_digest,
+    )
+    assert (newer.state, len(newer.messages)) == ("pending", 1)
 
 
 def test_other_instances_and_other_triggers_are_left_alone(watch: Watch) -> None:
@@ -345,14 +409,43 @@ def test_deleted_instance_is_nobodys_trouble(
     assert row.announced_at is not None
 
 
-def test_trigger_that_is_gone_from_the_code_is_nobodys_trouble(
+def test_answer_for_a_trigger_that_this_worker_does_not_know_is_told_by_one_that_does(
+    watch: Watch, post_callback: Callable[..., Any]
+) -> None:
+    trigger = watch(Rename)
+    group = Group.objects.create(name="a")
+    row = LLMRequest.objects.get()
+    post_callback(row, done())
+    del triggers._registry[trigger.name]
+    assert triggers.announce("default") == 1
+    row.refresh_from_db()
+    assert (row.announced_at, row.announce_tries) == (None, 1)
+    assert f"No trigger '{trigger.name}' is registered in this worker" in row.announce_error
+    watch(Rename)
+    make_due(row)
+    assert triggers.announce("default") == 1
+    group.refresh_from_db()
+    row.refresh_from_db()
+    assert (group.name, row.announce_error) == ("Forty-two.", "")
+
+
+def test_trigger_that_is_gone_from_the_code_is_given_up_and_seen(
     post_callback: Callable[..., Any],
 ) -> None:
-    row = LLMRequest.objects.publish([{"role": "user", "content": "?"}], trigger="app.llm.Gone")
+    row = LLMRequest.objects.publish(QUESTION, trigger="app.llm.Gone")
     post_callback(row, done())
+    for _ in range(6):
+        triggers.announce("default")
+        make_due(row)
+    assert Health.read().given_up == 1
+    assert not triggers.unannounced("default").exists()
+    # What the README says to do where it was removed for good.
+    LLMRequest.objects.filter(trigger="app.llm.Gone").update(trigger="")
+    row.announce_again()
     triggers.announce("default")
     row.refresh_from_db()
     assert row.announced_at is not None
+    assert Health.read().given_up == 0
 
 
 def test_answer_is_announced_once(watch: Watch, post_callback: Callable[..., Any]) -> None:
@@ -525,3 +618,314 @@ def test_resubmission_of_an_older_question_does_not_overtake_a_newer_answer(
     triggers.announce("default")
     group.refresh_from_db()
     assert group.name == "New"
+
+
+def test_what_nobody_waits_for_is_passed_over_in_few_statements(
+    django_assert_num_queries: Any,
+) -> None:
+    rows = [LLMRequest(messages=QUESTION, state="completed") for _ in range(300)]
+    LLMRequest.objects.bulk_create(rows)
+    with django_assert_num_queries(3):
+        assert triggers.announce("default") == 300
+    assert not triggers.unannounced("default").exists()
+
+
+def test_code_that_takes_its_worker_down_is_not_tried_for_ever(settings: Any) -> None:
+    settings.QSTASH_LLM = {**settings.QSTASH_LLM, "ANNOUNCE_TRIES": 3}
+    calls = []
+
+    def die(**kwargs: Any) -> None:
+        calls.append(kwargs["llm_request"].pk)
+        raise SystemExit
+
+    row = LLMRequest.objects.create(messages=QUESTION, state="completed")
+    request_completed.connect(die, weak=False, dispatch_uid="die")
+    try:
+        for _ in range(3):
+            with pytest.raises(SystemExit):
+                triggers.announce("default")
+            LLMRequest.objects.filter(pk=row.pk).update(announce_after=None)
+        assert triggers.announce("default") == 0
+    finally:
+        request_completed.disconnect(dispatch_uid="die")
+    row.refresh_from_db()
+    assert (len(calls), row.announce_tries, row.announced_at) == (3, 3, None)
+    assert "died" in row.announce_error
+
+
+# --- telling takes no lock ---
+
+several_at_once = pytest.mark.skipif(
+    connection.vendor == "sqlite", reason="one at a time, whatever it writes"
+)
+
+
+@several_at_once
+@pytest.mark.django_db(transaction=True)
+def test_handler_at_work_holds_up_no_callback(
+    watch: Watch, post_callback: Callable[..., Any]
+) -> None:
+    last = Callback(status=500, source_message_id="msg_1", retried=3, max_retries=3)
+    statuses = []
+
+    class Slow(Rename):
+        def failed(self, instance: Group, llm_request: LLMRequest) -> None:
+            failure = replace(last, dlq_id="dlq_1")
+            statuses.append(meanwhile(lambda: post_callback(llm_request, failure).status_code))
+
+    watch(Slow)
+    Group.objects.create(name="a")
+    row = LLMRequest.objects.get()
+    statuses.append(post_callback(row, last).status_code)
+    row.refresh_from_db()
+    assert statuses == [200, 200]
+    assert (row.dead_letter_id, row.announced_at is not None) == ("dlq_1", True)
+
+
+@several_at_once
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("raises", [False, True])
+def test_one_that_is_told_by_another_meanwhile_takes_effect_once(
+    listen: Callable[..., None], raises: bool
+) -> None:
+    """The first takes longer than its claim, and the second is done before it."""
+    now, answers = timezone.now(), []
+    row = LLMRequest.objects.create(messages=QUESTION, state="completed")
+
+    def hear(**kwargs: Any) -> None:
+        is_first = not answers
+        if is_first:
+            answers.append("begun")
+            answers.append(meanwhile(lambda: triggers.announce("default", clock=at(121, now))))
+        Group.objects.create(name="first" if is_first else "second")
+        if is_first and raises:
+            raise RuntimeError
+
+    listen(request_completed, hear)
+    told = triggers.announce("default", clock=at(0, now))
+    assert answers == ["begun", 1]
+    assert told == (1 if raises else 0)
+    assert name_of_effects() == ["second"]
+    row.refresh_from_db()
+    assert (row.announced_at, row.announce_error) == (at(121, now)(), "")
+
+
+@several_at_once
+@pytest.mark.django_db(transaction=True)
+def test_handler_that_outlives_its_claim_takes_effect_if_it_is_done_first(
+    listen: Callable[..., None],
+) -> None:
+    now, second_begins, first_is_done = timezone.now(), threading.Event(), threading.Event()
+    LLMRequest.objects.create(messages=QUESTION, state="completed")
+    calls: list[str] = []
+
+    def again() -> int:
+        try:
+            return triggers.announce("default", clock=at(121, now))
+        finally:
+            connection.close()
+
+    def hear(**kwargs: Any) -> None:
+        name = "second" if calls else "first"
+        calls.append(name)
+        if name == "first":
+            calls.append("both")
+            futures.append(pool.submit(again))
+            assert second_begins.wait(20)
+        else:
+            second_begins.set()
+            assert first_is_done.wait(20)
+        Group.objects.create(name=name)
+
+    listen(request_completed, hear)
+    futures: list[Any] = []
+    with ThreadPoolExecutor(1) as pool:
+        assert triggers.announce("default", clock=at(0, now)) == 1
+        first_is_done.set()
+        assert futures[0].result() == 0
+    assert name_of_effects() == ["first"]
+
+
+@several_at_once
+@pytest.mark.django_db(transaction=True)
+def test_failure_that_its_answer_overtakes_while_it_is_told_leaves_no_effect(
+    listen: Callable[..., None], post_callback: Callable[..., Any]
+) -> None:
+    def hear(llm_request: LLMRequest, **kwargs: Any) -> None:
+        Group.objects.create(name=llm_request.state)
+        if llm_request.state == "failed":
+            meanwhile(lambda: post_callback(llm_request, done()))
+
+    listen(request_failed, hear)
+    listen(request_completed, hear)
+    row = LLMRequest.objects.publish(QUESTION)
+    post_callback(row, gave_up())
+    assert name_of_effects() == ["completed"]
+    row.refresh_from_db()
+    assert (row.state, row.announced_at is not None) == ("completed", True)
+
+
+def test_one_whose_announcer_was_killed_is_told_again_when_the_claim_ends(
+    listen: Callable[..., None],
+) -> None:
+    now, tries = timezone.now(), []
+    LLMRequest.objects.create(messages=QUESTION, state="completed")
+
+    def hear(**kwargs: Any) -> None:
+        tries.append(None)
+        if len(tries) == 1:
+            raise SystemExit
+
+    listen(request_completed, hear)
+    with pytest.raises(SystemExit):
+        triggers.announce("default", clock=at(0, now))
+    assert triggers.announce("default", clock=at(119, now)) == 0
+    assert triggers.announce("default", clock=at(121, now)) == 1
+    assert len(tries) == 2
+
+
+def test_handler_that_retries_its_dead_letter_has_been_told(
+    watch: Watch, post_callback: Callable[..., Any], qstash: FakeQStash
+) -> None:
+    class Stubborn(Rename):
+        def failed(self, instance: Group, llm_request: LLMRequest) -> None:
+            llm_request.retry_dead_letter()
+
+    watch(Stubborn)
+    Group.objects.create(name="a")
+    row = LLMRequest.objects.get()
+    qstash.dead_letters = [{"dlqId": "dlq_1"}]
+    post_callback(row, gave_up())
+    assert triggers.announce("default") == 1
+    row.refresh_from_db()
+    assert (row.state, qstash.retried) == ("submitted", ["dlq_1"])
+
+
+@pytest.mark.parametrize(
+    "delete",
+    [
+        lambda row: row.delete(),
+        lambda row: LLMRequest.objects.filter(pk=row.pk).delete(),
+    ],
+    ids=["row", "queryset"],
+)
+def test_handler_that_deletes_its_request_takes_effect(
+    watch: Watch, post_callback: Callable[..., Any], delete: Callable[[LLMRequest], Any]
+) -> None:
+    class Tidy(Rename):
+        def completed(self, instance: Group, llm_request: LLMRequest) -> None:
+            super().completed(instance, llm_request)
+            delete(llm_request)
+
+    watch(Tidy)
+    Group.objects.create(name="a")
+    post_callback(LLMRequest.objects.get(), done())
+    assert triggers.announce("default") == 1
+    assert name_of_effects() == ["Forty-two."]
+    assert LLMRequest.objects.count() == 0
+
+
+@pytest.mark.django_db(transaction=True)
+def test_telling_one_takes_few_statements(listen: Callable[..., None]) -> None:
+    listen(request_completed, lambda **kwargs: None)
+    for _ in range(2):
+        LLMRequest.objects.create(messages=QUESTION, state="completed")
+    with CaptureQueriesContext(connection) as captured:
+        assert triggers.announce("default") == 2
+    # What may be passed over and what is due; and of each the claim, the row, BEGIN, the mark, COMMIT.
+    assert len(captured) == 2 + 2 * 5
+
+
+# --- our rows in a database of their own ---
+
+in_two_databases = pytest.mark.django_db(databases=["default", "second"], transaction=True)
+
+
+@in_two_databases
+def test_answer_is_written_where_the_instance_is_and_marked_where_the_request_is(
+    second_database: str, watch: Watch, post_callback: Callable[..., Any]
+) -> None:
+    watch(Rename)
+    group = Group.objects.create(name="a")
+    group.save()
+    row = LLMRequest.objects.get()
+    assert (row._state.db, row.state, row.trigger != "") == ("second", "submitted", True)
+    post_callback(row, done())
+    group.refresh_from_db()
+    row.refresh_from_db()
+    assert (group.name, row.announce_error) == ("Forty-two.", "")
+    assert row.announced_at is not None
+
+
+@in_two_databases
+@pytest.mark.parametrize("raises", [False, True])
+def test_what_is_not_marked_has_no_effect_in_the_other_database(
+    second_database: str, watch: Watch, post_callback: Callable[..., Any], raises: bool
+) -> None:
+    class Unlucky(Rename):
+        def completed(self, instance: Group, llm_request: LLMRequest) -> None:
+            super().completed(instance, llm_request)
+            if raises:
+                raise RuntimeError
+            # As if it had been told by another meanwhile.
+            LLMRequest.objects.filter(pk=llm_request.pk).update(announced_at=timezone.now())
+
+    watch(Unlucky)
+    group = Group.objects.create(name="a")
+    row = LLMRequest.objects.get()
+    post_callback(row, done())
+    group.refresh_from_db()
+    row.refresh_from_db()
+    assert (group.name, row.announced_at) == ("a", None)
+
+
+# --- effects elsewhere ---
+
+
+@pytest.mark.parametrize("site", [{}, {"USE_TZ": False, "TIME_ZONE": "America/New_York"}])
+def test_an_idempotency_key_is_the_same_each_time_one_end_is_told(
+    watch: Watch,
+    post_callback: Callable[..., Any],
+    qstash: FakeQStash,
+    settings: Any,
+    site: dict[str, Any],
+) -> None:
+    for name, value in site.items():
+        setattr(settings, name, value)
+    keys = []
+
+    class Moody(Rename):
+        def completed(self, instance: Group, llm_request: LLMRequest) -> None:
+            keys.append(llm_request.idempotency_key)
+            if len(keys) % 2:
+                raise RuntimeError
+
+        failed = completed
+
+    watch(Moody)
+    Group.objects.create(name="a")
+    row = LLMRequest.objects.get()
+
+    def tell(callback: Callback) -> None:
+        post_callback(row, callback)
+        triggers.announce("default")
+        make_due(row)
+        triggers.announce("default")
+        row.refresh_from_db()
+
+    tell(gave_up())
+    qstash.dead_letters = [{"dlqId": "dlq_1"}]
+    row.retry_dead_letter()
+    tell(gave_up("msg_again_1"))
+    tell(done(message_id="msg_again_1"))
+    assert len(keys) == 6
+    assert keys[0::2] == keys[1::2]
+    assert len(set(keys)) == 3
+
+
+def test_an_idempotency_key_of_a_row_without_a_moment_is_of_its_state() -> None:
+    row = LLMRequest.objects.create(messages=QUESTION, state="failed")
+    key = row.idempotency_key
+    assert LLMRequest.objects.get(pk=row.pk).idempotency_key == key == f"{row.uuid}-failed"
+    LLMRequest.objects.filter(pk=row.pk).update(state="completed")
+    assert LLMRequest.objects.get(pk=row.pk).idempotency_key != key

@@ -25,6 +25,7 @@ from django.utils import timezone
 
 import testproject.settings
 from django_qstash_llm.models import Batch, CallbackResponse, LLMRequest
+from django_qstash_llm.models.request import CLAIM_SECONDS
 from django_qstash_llm.server.delivery import Engine
 from django_qstash_llm.server.models import Message
 from testproject.articles.models import Article
@@ -220,9 +221,7 @@ class Worker:
     def start(self) -> None:
         # -B: beat's sweep is what finds the work of a worker that was killed. Its schedule is kept
         # in memory: the file that it would share with a killed one's can be locked for good.
-        command = (
-            "-m celery -A testproject worker -B -S celery.beat:Scheduler -P threads -c 4 -l ERROR"
-        )
+        command = "-m celery -A testproject worker -B --scheduler celery.beat:Scheduler -P threads -c 4 -l ERROR"
         arguments = [sys.executable, *command.split()]
         self.process = subprocess.Popen(arguments, env=self.environment, start_new_session=True)
 
@@ -326,8 +325,9 @@ def test_a_worker_in_another_process_answers_over_redis(worker: Worker) -> None:
     assert len(answered) == len(set(answered)) == 12
 
 
+@pytest.mark.once
 @pytest.mark.redis
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(420)
 def test_a_worker_killed_three_times_loses_nothing_and_writes_nothing_twice(worker: Worker) -> None:
     with write_log() as writes:
         save_articles(40)
@@ -337,7 +337,8 @@ def test_a_worker_killed_three_times_loses_nothing_and_writes_nothing_twice(work
             )
             worker.kill()
             worker.start()
-        assert wait_until(all_summarised, seconds=120), list(
+        # What a killed one was telling is claimed for two minutes more.
+        assert wait_until(all_summarised, seconds=CLAIM_SECONDS + 60), list(
             LLMRequest.objects.exclude(state="completed").values_list("state", "error")
         )
         assert LLMRequest.objects.count() == 40

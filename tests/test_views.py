@@ -6,6 +6,7 @@ import base64
 import gzip
 import hashlib
 import hmac
+import io
 import json
 import logging
 import sqlite3
@@ -382,7 +383,9 @@ def test_only_post_is_allowed(
     assert snapshot() == before
 
 
-@pytest.mark.parametrize("name", ["1", "not-a-uuid", "../admin", str(uuid4()).upper()])
+@pytest.mark.parametrize(
+    "name", ["1", "not-a-uuid", "../admin", "2222D222-2222-4222-8222-222222222222"]
+)
 def test_url_without_a_uuid_is_not_found(client: Client, name: str) -> None:
     assert client.post(f"/llm/callback/{name}/").status_code == 404
 
@@ -398,6 +401,29 @@ def test_larger_than_the_setting_is_413_and_writes_nothing(
     assert response.status_code == 413
     assert "MAX_CALLBACK_BYTES" in response.json()["error"]
     assert snapshot() == before
+
+
+class GoneHalfway(io.BytesIO):
+    """A body whose sender hangs up."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        raise ConnectionResetError
+
+
+@pytest.mark.parametrize("door", ["callback", "ping"])
+def test_sender_that_hangs_up_halfway_is_answered_400_and_may_come_again(
+    llm_request: LLMRequest, post_callback: Post, door: str
+) -> None:
+    CallbackResponse.objects.create(
+        uuid=llm_request.uuid, kind="ping", source_message_id="ping:1", received_at=timezone.now()
+    )
+    url = url_of(llm_request).replace("/callback/", f"/{door}/")
+    body = SUCCESS.to_json()
+    response = post_callback(llm_request, body, url=url, **{"wsgi.input": GoneHalfway()})
+    assert (response.status_code, response.json()) == (400, {"error": "the body broke off"})
+    receipt = CallbackResponse.objects.get()
+    assert receipt.problem == ("body: it broke off" if door == "ping" else "")
+    assert post_callback(llm_request, body, url=url).status_code == 200
 
 
 # --- signed and unusable: quarantine ---
@@ -422,7 +448,7 @@ def test_larger_than_the_setting_is_413_and_writes_nothing(
         b"\xff\xfe\x00",
         b"\x00",
         b"status=200",
-        gzip.compress(b"{}"),
+        gzip.compress(b"{}", mtime=0),
         b"\x1f\x8bnot gzip",
     ],
     ids=lambda body: repr(body[:24]),
@@ -471,7 +497,38 @@ def test_quarantine_of_a_gzipped_envelope_holds_no_key(
     body = gzip.compress(b'{"sourceHeader": "sk-canary-0123456789", "kept": 1}')
     post_callback(llm_request, body)
     kept = bytes(CallbackResponse.objects.get().body)
-    assert kept == b'{"sourceHeader": "[redacted]", "kept": 1}'
+    assert kept == b'{"sourceHeader": null, "kept": 1}'
+
+
+def test_quarantine_keeps_nothing_of_what_cannot_be_unpacked(
+    llm_request: LLMRequest, post_callback: Post
+) -> None:
+    post_callback(llm_request, gzip.compress(b'{"sourceBody": "aGk="}')[:-6])
+    kept = CallbackResponse.objects.get()
+    assert (bytes(kept.body), kept.is_body_cut) == (b"", True)
+    assert "gzip" in kept.problem
+
+
+@pytest.mark.parametrize("left", [None, -5, -30, -60], ids=["whole", "by 5", "by 30", "by 60"])
+def test_quarantine_keeps_neither_a_former_key_nor_the_prompt(
+    llm_request: LLMRequest, post_callback: Post, left: int | None
+) -> None:
+    """The key was changed since, so that nothing but its place says that it is one."""
+    source = {"Authorization": ["Bearer sk-of-last-year-8b1f"], "X-More": ["x"]}
+    callback = Callback(
+        status=200,
+        body=DONE,
+        source_message_id="",
+        source_header=source,
+        source_body=b"a prompt of ours",
+    )
+    envelope = callback.to_json()
+    post_callback(llm_request, envelope[:left])
+    kept = bytes(CallbackResponse.objects.get().body)
+    assert b"sk-of-last-year" not in kept
+    assert base64.b64encode(b"a prompt of ours") not in kept
+    before, _ = envelope.split(b'"sourceHeader"')
+    assert kept.startswith(before + b'"sourceHeader": null')
 
 
 def test_quarantine_is_capped(llm_request: LLMRequest, post_callback: Post, settings: Any) -> None:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from .batch import BatchAdmin
 from .callback import CallbackResponseAdmin
+from .circuit import CircuitAdmin
 from .conversation import ConversationAdmin
 from .request import LLMRequestAdmin
 
-__all__ = ["BatchAdmin", "CallbackResponseAdmin", "ConversationAdmin", "LLMRequestAdmin"]
+__all__ = [
+    "BatchAdmin",
+    "CallbackResponseAdmin",
+    "CircuitAdmin",
+    "ConversationAdmin",
+    "LLMRequestAdmin",
+]

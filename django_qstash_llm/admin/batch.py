@@ -15,6 +15,7 @@ from django.utils.safestring import SafeString
 from django.utils.translation import gettext_lazy as _
 
 from ..models import Batch, LLMRequest
+from ..models.batch import standing, to_resubmit
 from ..models.request import UNFINISHED, LLMRequestQuerySet, State
 from . import actions, figures
 from .record import RecordAdmin, Tool, as_uuid
@@ -27,6 +28,7 @@ class Progress:
     """What a batch's requests come to."""
 
     counts: dict[str, int]
+    """As ``Batch.counts``: each item once."""
     cost: Decimal | None = None
     unpriced: int = 0
 
@@ -40,24 +42,18 @@ class Progress:
 
 
 def progress_of(batches: list[Batch]) -> dict[int, Progress]:
-    """For all ``batches`` in one query."""
+    """For all ``batches`` in two queries."""
     found: dict[int, Progress] = defaultdict(lambda: Progress({state.value: 0 for state in State}))
-    rows = (
-        LLMRequest.objects.filter(batch__in=batches)
-        .order_by()
-        .values("batch", "state")
-        .annotate(
-            number=Count("pk"),
-            spent=Sum("cost"),
-            unpriced=Count("pk", filter=Q(state=State.COMPLETED, cost=None)),
-        )
+    rows = LLMRequest.objects.filter(batch__in=batches).order_by()
+    counted = standing(rows).values_list("batch", "state").annotate(number=Count("pk"))
+    for batch, state, number in counted:
+        found[batch].counts[state] = number
+    spendings = rows.values("batch").annotate(
+        spent=Sum("cost"), unpriced=Count("pk", filter=Q(state=State.COMPLETED, cost=None))
     )
-    for row in rows:
+    for row in spendings:
         progress = found[row["batch"]]
-        progress.counts[row["state"]] = row["number"]
-        progress.unpriced += row["unpriced"]
-        if row["spent"] is not None:
-            progress.cost = (progress.cost or Decimal(0)) + row["spent"]
+        progress.cost, progress.unpriced = row["spent"], row["unpriced"]
     return found
 
 
@@ -130,7 +126,8 @@ class BatchAdmin(RecordAdmin):
     def _failures(self, batch: Batch) -> list[tuple[str, str]]:
         """Why they failed: each reason with its number, the most frequent first."""
         rows = (
-            batch.llm_requests.failed()
+            standing(batch.llm_requests.all())
+            .failed()
             .order_by()
             .values("error_code")
             .annotate(number=Count("pk"))
@@ -145,7 +142,7 @@ class BatchAdmin(RecordAdmin):
         tools = []
         if obj.llm_requests.unfinished().exists():
             tools.append(Tool("cancel_unfinished", _("Cancel the unfinished")))
-        if _to_resubmit(Batch.objects.filter(pk=obj.pk)).exists():
+        if to_resubmit(obj.llm_requests.all()).exists():
             tools.append(Tool("resubmit_failed", _("Resubmit the failed…")))
         return tools
 
@@ -153,18 +150,18 @@ class BatchAdmin(RecordAdmin):
     def resubmit_failed(
         self, request: HttpRequest, queryset: QuerySet[Batch]
     ) -> HttpResponse | None:
-        rows = _to_resubmit(queryset)
+        batches = list(queryset.order_by("pk")[: actions.MOST_BATCHES])
         if actions.CONFIRMED not in request.POST:
-            keys = list(queryset.order_by("pk").values_list("pk", flat=True))
             return actions.confirm_resubmission(
                 self,
                 request,
-                rows,
+                to_resubmit(LLMRequest.objects.filter(batch__in=batches)),
                 action="resubmit_failed",
-                selected=keys[: actions.MOST_AT_ONCE],
+                selected=[batch.pk for batch in batches],
+                most=None,
             )
-        actions.resubmit(self, request, rows)
-        return actions.back_to_page(self, request, queryset.first())
+        actions.resubmit_failed(self, request, batches)
+        return actions.back_to_page(self, request, batches[0] if batches else None)
 
     @admin.action(permissions=["act"], description=_("Cancel what is unfinished in the selected"))
     def cancel_unfinished(
@@ -177,11 +174,6 @@ class BatchAdmin(RecordAdmin):
 def _of(batches: QuerySet[Batch]) -> LLMRequestQuerySet:
     keys = list(batches.values_list("pk", flat=True))
     return LLMRequest.objects.filter(batch__in=keys)
-
-
-def _to_resubmit(batches: QuerySet[Batch]) -> LLMRequestQuerySet:
-    """Failed, and not asked again yet: a second click must not pay twice."""
-    return _of(batches).failed().filter(resubmissions=None)
 
 
 def _cost(progress: Progress) -> SafeString:

@@ -7,7 +7,7 @@ from typing import Any
 from django.contrib import admin
 from django.db.models import BinaryField, QuerySet
 from django.db.models.functions import Length, Substr
-from django.http import HttpRequest
+from django.http import HttpRequest, HttpResponse
 from django.utils.html import format_html
 from django.utils.safestring import SafeString
 from django.utils.translation import gettext_lazy as _
@@ -15,11 +15,18 @@ from django.utils.translation import gettext_lazy as _
 from ..completions import read_error
 from ..models import CallbackResponse, LLMRequest
 from ..models.callback import CallbackResponseQuerySet, Kind
-from . import figures, text
-from .filters import OrphanFilter
-from .record import RecordAdmin, as_uuid, filled, lines
+from ..models.replay import TO_READ_AGAIN
+from . import actions, figures, text
+from .filters import OrphanFilter, ReceiptAttentionFilter
+from .record import RecordAdmin, Tool, as_uuid, filled, lines
 
-_SIGNS: dict[str, str] = {Kind.CALLBACK: "→", Kind.FAILURE_CALLBACK: "✕", Kind.QUARANTINED: "!"}
+_SIGNS: dict[str, str] = {
+    Kind.CALLBACK: "→",
+    Kind.FAILURE_CALLBACK: "✕",
+    Kind.QUARANTINED: "!",
+    Kind.PING: "↔",
+}
+_OF_NO_ATTEMPT = (Kind.QUARANTINED, Kind.PING)
 
 
 def kind_sign(receipt: CallbackResponse) -> SafeString:
@@ -33,13 +40,13 @@ def kind_sign(receipt: CallbackResponse) -> SafeString:
 
 def attempt(receipt: CallbackResponse) -> str:
     """Which of how many."""
-    if receipt.kind == Kind.QUARANTINED:
+    if receipt.kind in _OF_NO_ATTEMPT:
         return figures.UNKNOWN
     return f"{receipt.attempt} / {receipt.max_retries + 1}"
 
 
 def status(receipt: CallbackResponse) -> str:
-    return figures.UNKNOWN if receipt.kind == Kind.QUARANTINED else figures.status(receipt.status)
+    return figures.UNKNOWN if receipt.kind in _OF_NO_ATTEMPT else figures.status(receipt.status)
 
 
 def with_beginnings(receipts: QuerySet[CallbackResponse], size: int) -> QuerySet[Any]:
@@ -54,7 +61,7 @@ def with_beginnings(receipts: QuerySet[CallbackResponse], size: int) -> QuerySet
 
 def words(receipt: Any) -> str:
     """What the provider said, in short. ``receipt``: of ``with_beginnings``."""
-    if 200 <= receipt.status < 300 or receipt.kind == Kind.QUARANTINED:
+    if 200 <= receipt.status < 300 or receipt.kind in _OF_NO_ATTEMPT:
         return ""
     code, message = read_error(text.unpacked(bytes(receipt.beginning or b"")))
     return text.excerpt(f"{code}: {message}" if code and message else code or message, 300)
@@ -71,7 +78,8 @@ class CallbackResponseAdmin(RecordAdmin):
         "seen_count",
         "received_column",
     )
-    list_filter = ("kind", OrphanFilter)
+    list_filter = ("kind", ReceiptAttentionFilter, OrphanFilter)
+    actions = ("read_again",)
     search_fields = ("source_message_id",)
     search_help_text = _("The request's UUID, or QStash's message id.")
     heavy_fields = ("header",)
@@ -83,6 +91,7 @@ class CallbackResponseAdmin(RecordAdmin):
         groups = (
             (None, (), ("kind_column", "status_column", "attempt_column", "request_field",
                         "received_at", "seen_count", "problem")),
+            (_("Reading"), ("is_recovered",), ("applied_at", "apply_tries", "apply_after")),
             (_("Response"), ("is_body_cut",), ("body_text", "header_text")),
             (_("At QStash"), ("dead_letter_id", "verified_by_next_key"),
              ("source_message_id", "callback_message_id")),
@@ -101,6 +110,25 @@ class CallbackResponseAdmin(RecordAdmin):
             return queryset, False
         uuid = as_uuid(term)
         return queryset.filter(**({"uuid": uuid} if uuid else {"source_message_id": term})), False
+
+    # --- what can be done ---
+
+    def tools(self, obj: CallbackResponse) -> list[Tool]:
+        if CallbackResponse.objects.filter(TO_READ_AGAIN, pk=obj.pk).exists():
+            return [Tool("read_again", _("Read again"))]
+        return []
+
+    @admin.action(permissions=["act"], description=_("Read selected %(verbose_name_plural)s again"))
+    def read_again(
+        self, request: HttpRequest, queryset: QuerySet[CallbackResponse]
+    ) -> HttpResponse | None:
+        # Whole: the list leaves out the bodies.
+        rows = queryset.defer(None)
+        first = queryset.only("pk").first()
+        actions.read_again(self, request, rows)
+        return actions.back_to_page(self, request, first)
+
+    # --- what is shown ---
 
     @admin.display(description=_("kind"))
     def kind_column(self, receipt: CallbackResponse) -> SafeString:

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 from django.contrib import admin
 from django.db.models import QuerySet
 from django.http import HttpRequest
+from django.utils import timezone
 from django.utils.translation import gettext_lazy as _
 
 from ..conf import app_settings
 from ..models.callback import CallbackResponseQuerySet
+from ..models.replay import UNREAD
 from ..models.request import ANNOUNCED, LLMRequestQuerySet
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ class AttentionFilter(admin.SimpleListFilter):
         return [
             ("error", _("has an error")),
             ("dead_letter", _("in the dead letters")),
+            ("overdue", _("past its deadline")),
             ("unpriced", _("unpriced")),
             ("unannounced", _("not announced yet")),
             ("handler_failed", _("its handler failed")),
@@ -53,6 +56,8 @@ class AttentionFilter(admin.SimpleListFilter):
                 return rows.exclude(error="", error_code="")
             case "dead_letter":
                 return rows.exclude(dead_letter_id="")
+            case "overdue":
+                return rows.overdue(timezone.now())
             case "unpriced":
                 return rows.unpriced()
             case "unannounced":
@@ -62,6 +67,29 @@ class AttentionFilter(admin.SimpleListFilter):
             case "given_up":
                 most = app_settings().announce_tries
                 return rows.filter(**unannounced, announce_tries__gte=most)
+        return rows
+
+
+class ReceiptAttentionFilter(admin.SimpleListFilter):
+    title = _("what to look at")
+    parameter_name = "attention"
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> Lookups:
+        return [
+            ("unread", _("unread: its reading broke")),
+            ("recovered", _("recovered: it never arrived by itself")),
+            ("next_key", _("verified by the next key")),
+        ]
+
+    def queryset(self, request: HttpRequest, queryset: Any) -> CallbackResponseQuerySet:
+        rows: CallbackResponseQuerySet = queryset
+        match self.value():
+            case "unread":
+                return rows.filter(UNREAD)
+            case "recovered":
+                return rows.filter(is_recovered=True)
+            case "next_key":
+                return rows.filter(verified_by_next_key=True)
         return rows
 
 

@@ -21,9 +21,11 @@ from django.utils.translation import ngettext
 from ..exceptions import ConfigurationError
 from ..models import CallbackResponse, LLMRequest
 from ..models.callback import Kind
-from ..models.request import ANNOUNCED, UNFINISHED, LLMRequestQuerySet
+from ..models.replay import TO_READ_AGAIN, may_be_read_anew
+from ..models.request import ANNOUNCED, UNFINISHED, LLMRequestQuerySet, State
 from . import about, actions, callback, chat, figures, story, text
 from .filters import AttentionFilter, ProviderFilter
+from .health import HealthMixin
 from .record import RecordAdmin, Tool, filled, lines
 
 _HEX = set("0123456789abcdef")
@@ -62,7 +64,7 @@ class Attempt:
 
 
 @admin.register(LLMRequest)
-class LLMRequestAdmin(RecordAdmin):
+class LLMRequestAdmin(HealthMixin, RecordAdmin):
     list_display = (
         "state_column",
         "request_column",
@@ -78,7 +80,14 @@ class LLMRequestAdmin(RecordAdmin):
         "A UUID or its beginning, a QStash message id, a tenant, or the primary key of what a "
         "request is about."
     )
-    actions = ("resubmit", "cancel", "announce_again")
+    actions = (
+        "resubmit",
+        "retry_dead_letter",
+        "drop_dead_letter",
+        "read_again",
+        "cancel",
+        "announce_again",
+    )
     heavy_fields = (
         "messages",
         "parameters",
@@ -165,7 +174,8 @@ class LLMRequestAdmin(RecordAdmin):
                 ("collapse",),
                 ("via", "queue", "not_before", "retries", "retry_delay", "timeout",
                  "flow_control", "redact", "qstash_message_id", "dead_letter_id",
-                 "submission_number", "submission_tries", "first_tried_at", "submit_after"),
+                 "submission_number", "submission_tries", "first_tried_at", "submit_after",
+                 "deadline_at", *(("inquiries",) if getattr(obj, "inquiries", 0) else ())),
             ),
             (
                 _("Answer"),
@@ -270,9 +280,18 @@ class LLMRequestAdmin(RecordAdmin):
     # --- what can be done ---
 
     def tools(self, obj: LLMRequest) -> list[Tool]:
-        if obj.state in UNFINISHED:
-            return [Tool("cancel", _("Cancel"))]
-        tools = [Tool("resubmit", _("Resubmit…"))]
+        is_unfinished = obj.state in UNFINISHED
+        tools = []
+        if is_unfinished:
+            tools.append(Tool("cancel", _("Cancel")))
+        elif obj.messages:  # what was forgotten cannot be asked again
+            tools.append(Tool("resubmit", _("Resubmit…")))
+        if obj.state == State.FAILED and obj.dead_letter_id:
+            tools.append(Tool("retry_dead_letter", _("Retry from dead letter…")))
+        if obj.dead_letter_id and not is_unfinished:
+            tools.append(Tool("drop_dead_letter", _("Drop dead letter")))
+        if obj.callback_responses.filter(TO_READ_AGAIN).exists() or may_be_read_anew(obj):
+            tools.append(Tool("read_again", _("Read the answer again")))
         if obj.state in ANNOUNCED and obj.announced_at is None and obj.announce_tries:
             tools.append(Tool("announce_again", _("Announce again")))
         return tools
@@ -289,6 +308,42 @@ class LLMRequestAdmin(RecordAdmin):
         return actions.back_to_page(
             self, request, outcome.done[0][1] if outcome.done else rows.first()
         )
+
+    @admin.action(
+        permissions=["act"],
+        description=_("Retry selected %(verbose_name_plural)s from their dead letters…"),
+    )
+    def retry_dead_letter(
+        self, request: HttpRequest, queryset: LLMRequestQuerySet
+    ) -> HttpResponse | None:
+        rows = _afresh(queryset)
+        if actions.CONFIRMED not in request.POST:
+            return actions.confirm_retry(self, request, rows, action="retry_dead_letter")
+        first = rows.first()
+        actions.retry_dead_letter(self, request, rows)
+        return actions.back_to_page(self, request, first)
+
+    @admin.action(
+        permissions=["act"],
+        description=_("Drop the dead letters of selected %(verbose_name_plural)s"),
+    )
+    def drop_dead_letter(
+        self, request: HttpRequest, queryset: LLMRequestQuerySet
+    ) -> HttpResponse | None:
+        rows = _afresh(queryset)
+        first = rows.first()
+        actions.drop_dead_letter(self, request, rows)
+        return actions.back_to_page(self, request, first)
+
+    @admin.action(
+        permissions=["act"],
+        description=_("Read the answers of selected %(verbose_name_plural)s again"),
+    )
+    def read_again(self, request: HttpRequest, queryset: LLMRequestQuerySet) -> HttpResponse | None:
+        rows = _afresh(queryset)
+        first = rows.first()
+        actions.read_again(self, request, rows)
+        return actions.back_to_page(self, request, first)
 
     @admin.action(permissions=["act"], description=_("Cancel selected %(verbose_name_plural)s"))
     def cancel(self, request: HttpRequest, queryset: LLMRequestQuerySet) -> HttpResponse | None:

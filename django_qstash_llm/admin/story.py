@@ -13,6 +13,7 @@ from django.utils.translation import ngettext
 
 from ..conf import app_settings
 from ..models import LLMRequest
+from ..models.circuit import QSTASH, Circuit
 from ..models.request import ANNOUNCED, UNFINISHED, State
 from . import figures
 
@@ -59,7 +60,15 @@ def sentences(llm_request: LLMRequest, *, now: datetime) -> list[Sentence]:
         State.FAILED: _failed,
         State.CANCELLED: _cancelled,
     }[State(llm_request.state)]
-    return [*tell(llm_request, now), *_announcing(llm_request, now)]
+    return [*tell(llm_request, now), *_announcing(llm_request, now), *_forgotten(llm_request, now)]
+
+
+def _forgotten(row: LLMRequest, now: datetime) -> Iterator[Sentence]:
+    if row.forgotten_at:
+        since = figures.moment(row.forgotten_at, now=now)
+        yield format_html(_("Its messages are not kept since {}."), since)
+    if row.digest:
+        yield _("Their SHA-256 is %(digest)s.") % {"digest": row.digest}
 
 
 def trouble(llm_request: LLMRequest) -> tuple[str, str]:
@@ -79,6 +88,11 @@ def _pending(row: LLMRequest, now: datetime) -> Iterator[Sentence]:
         yield _("A worker is handing it over just now.")
     elif row.submit_after and row.submit_after > now:
         yield format_html(_("Next try {}."), figures.moment(row.submit_after, now=now))
+    elif until := Circuit.objects.using(row._state.db).open_until(QSTASH, now):
+        yield format_html(
+            _("QStash takes nothing from anybody at the moment; it is asked again {}."),
+            figures.moment(until, now=now),
+        )
     else:
         yield _("It is due: the next worker that hears of it takes it. Is one running?")
     if row.submission_tries:

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 from .batch import Batch
 from .callback import CallbackResponse
+from .circuit import Circuit
 from .conversation import Conversation
 from .request import LLMRequest
 
-__all__ = ["Batch", "CallbackResponse", "Conversation", "LLMRequest"]
+__all__ = ["Batch", "CallbackResponse", "Circuit", "Conversation", "LLMRequest"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import uuid as uuids
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
@@ -10,14 +11,19 @@ from typing import Any
 from asgiref.sync import sync_to_async
 from django.conf import settings
 from django.db import models, transaction
-from django.db.models import Count, Sum
+from django.db.models import Count, Exists, OuterRef, Q, Sum
 from django.utils import timezone
 from django.utils.translation import gettext_lazy as _
 
 from ..conf import app_settings
-from ..exceptions import InvalidRequest
+from ..exceptions import ConfigurationError, InvalidRequest
 from .doorbell import Bell, ring_on_commit
-from .request import LLMRequest, State, Via, check_saved, refuse_via
+from .request import LLMRequest, LLMRequestQuerySet, State, Via, check_saved, refuse_via
+
+logger = logging.getLogger(__name__)
+
+ROWS_AT_ONCE = 500
+"""How many rows one statement writes or names."""
 
 
 class BatchQuerySet(models.QuerySet["Batch"]):
@@ -42,7 +48,7 @@ class BatchQuerySet(models.QuerySet["Batch"]):
                 llm_request.batch = batch
                 if llm_request.user_id is None:
                     llm_request.user_id = batch.user_id
-            LLMRequest.objects.using(self.db).bulk_create(llm_requests, batch_size=500)
+            LLMRequest.objects.using(self.db).bulk_create(llm_requests, batch_size=ROWS_AT_ONCE)
             ring_on_commit(Bell.SUBMIT, self.db)
         return batch
 
@@ -94,15 +100,75 @@ class Batch(models.Model):
         return self.name or str(self.uuid)
 
     def counts(self) -> dict[str, int]:
-        """State -> number of requests, every state present."""
-        rows = self.llm_requests.order_by().values_list("state").annotate(n=Count("pk"))
-        return {state.value: 0 for state in State} | dict(rows)
+        """State -> number of items, every state present. One that failed and was asked again
+        counts once: as what became of it since. See ``standing``."""
+        rows = standing(self.llm_requests.all()).order_by()
+        counted = rows.values_list("state").annotate(n=Count("pk"))
+        return {state.value: 0 for state in State} | dict(counted)
 
     @property
     def is_finished(self) -> bool:
         return not self.llm_requests.unfinished().exists()
 
     def cost(self) -> Decimal | None:
-        """USD of what is priced; None when nothing is."""
+        """USD of what is priced, of every time it was asked; None when nothing is."""
         total: Decimal | None = self.llm_requests.aggregate(total=Sum("cost"))["total"]
         return total
+
+    def resubmit_failed(self) -> list[LLMRequest]:
+        """Ask again what ``counts`` calls failed, and nothing else: each as a request of its own
+        that names the one that failed, in this batch, all in one transaction.
+
+        A second click finds nothing left to ask. What cannot be asked any more, since its provider
+        has left the settings or its messages are not kept, is logged and stays failed. Raises
+        ``ConfigurationError`` where nothing could be submitted at all.
+        """
+        app_settings().check_ready()
+        using = self._state.db or "default"
+        asked_again: list[LLMRequest] = []
+        with transaction.atomic(using=using):
+            # Locked: two clicks on a button are one wish.
+            Batch.objects.using(using).select_for_update(of=("self",)).get(pk=self.pk)
+            failed = to_resubmit(LLMRequest.objects.using(using).filter(batch=self))
+            keys = list(failed.order_by("pk").values_list("pk", flat=True))
+            for first in range(0, len(keys), ROWS_AT_ONCE):
+                asked_again += _ask_again(keys[first : first + ROWS_AT_ONCE], using)
+            if asked_again:
+                ring_on_commit(Bell.SUBMIT, using)
+        return asked_again
+
+
+def standing(llm_requests: LLMRequestQuerySet) -> LLMRequestQuerySet:
+    """Those of ``llm_requests`` that stand for an item of their batch, each item once.
+
+    What failed or was cancelled and has been asked again stands for nothing any more: its newest
+    resubmission does. A resubmission that was cancelled is as if it had never been.
+    """
+    asked = LLMRequest.objects.using(llm_requests.db).exclude(state=State.CANCELLED)
+    again = asked.filter(resubmission_of=OuterRef("pk"))
+    newer = asked.filter(resubmission_of=OuterRef("resubmission_of"), pk__gt=OuterRef("pk"))
+    came_to_nothing = Q(state__in=[State.FAILED, State.CANCELLED])
+    return llm_requests.exclude(came_to_nothing & (Q(Exists(again)) | Q(Exists(newer)))).exclude(
+        state=State.CANCELLED, resubmission_of__isnull=False
+    )
+
+
+def to_resubmit(llm_requests: LLMRequestQuerySet) -> LLMRequestQuerySet:
+    """Failed, not asked again since, and still there to be asked."""
+    return standing(llm_requests).failed().filter(forgotten_at=None)
+
+
+def _ask_again(keys: Sequence[int], using: str) -> list[LLMRequest]:
+    rows = LLMRequest.objects.using(using).filter(pk__in=keys)
+    # Locked first and then looked at: a late answer or another's resubmission may have come first.
+    list(rows.order_by("pk").select_for_update(of=("self",)).values_list("pk"))
+    asked_again = []
+    for failed in to_resubmit(rows).order_by("pk"):
+        again = failed._copy()
+        try:
+            again.prepare()
+        except (InvalidRequest, ConfigurationError) as error:
+            logger.warning("%s cannot be asked again: %s", failed.uuid, error)
+        else:
+            asked_again.append(again)
+    return LLMRequest.objects.using(using).bulk_create(asked_again, batch_size=ROWS_AT_ONCE)

@@ -6,28 +6,39 @@ Receipt first, interpretation after: the row is evidence and survives the failur
 from __future__ import annotations
 
 import hashlib
+import itertools
+import logging
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from django.db import models, transaction
-from django.db.models import F
+from django.db import DataError, IntegrityError, models, transaction
+from django.db.models import F, Q
 from django.utils import timezone
 from django.utils.translation import gettext_lazy as _
 
 from ..cleaning import clean_json, clean_text
-from ..completions import Usage, decompress, read_completion, read_error
+from ..completions import Completion, Usage, decompress, is_gzip, read_completion, read_error
 from ..conf import app_settings
-from ..exceptions import UnreadableCompletion
+from ..exceptions import IllegalState, UnreadableCompletion
 from ..pricing import Cost, cost_of
-from ..qstash import Callback
-from .doorbell import Bell, ring_on_commit
-from .request import LLMRequest
+from ..qstash import Callback, EnvelopeError
+from ..qstash.callback import without_source
+from . import inbox
+from .request import MOST_RETRIES, Changes, LLMRequest, State
+
+logger = logging.getLogger(__name__)
 
 # What a response header may carry that is nobody's business.
 _DROPPED_HEADERS = {"set-cookie", "authorization", "proxy-authorization", "x-api-key", "cookie"}
+
+# SQLite's driver and Django's fields refuse some of it before any database sees it.
+UNSTORABLE = (DataError, IntegrityError, OverflowError, UnicodeError)
+MOST_APPLY_TRIES = 10
+"""More than an hour of tries. After them a person has to mend something."""
 
 # One less than the column takes: attempts are one more than retries.
 _MOST_RETRIED = 2**31 - 2
@@ -37,6 +48,12 @@ class Kind(models.TextChoices):
     CALLBACK = "callback", _("callback")
     FAILURE_CALLBACK = "failure_callback", _("failure callback")
     QUARANTINED = "quarantined", _("quarantined")
+    PING = "ping", _("ping")
+
+
+_IS_UNAPPLIED = Q(
+    applied_at=None, kind__in=["callback", "failure_callback"], llm_request__isnull=False
+)
 
 
 class CallbackResponseQuerySet(models.QuerySet["CallbackResponse"]):
@@ -46,7 +63,12 @@ class CallbackResponseQuerySet(models.QuerySet["CallbackResponse"]):
 
     def orphaned(self) -> models.QuerySet[CallbackResponse]:
         """Signed by QStash, for a request that is not here (any more)."""
-        return self.filter(llm_request=None)
+        return self.filter(llm_request=None).exclude(kind=Kind.PING)
+
+    def unapplied(self, now: datetime) -> models.QuerySet[CallbackResponse]:
+        """Stored, but reading it broke; by now to be tried again."""
+        may_try = Q(apply_after=None) | Q(apply_after__lte=now)
+        return self.filter(_IS_UNAPPLIED, may_try, apply_tries__lt=MOST_APPLY_TRIES)
 
     def receive(
         self,
@@ -56,40 +78,100 @@ class CallbackResponseQuerySet(models.QuerySet["CallbackResponse"]):
         message_id: str = "",
         key_index: int = 0,
         now: datetime,
+        is_recovered: bool = False,
     ) -> CallbackResponse:
         """Store ``callback``, told about the request ``uuid``, and let it take effect once.
 
-        The same one again only counts ``seen_count``. Everything happens in one transaction.
+        The same one again only counts ``seen_count``. An answer where a failure is stored is not the
+        same: it is kept as another attempt. Everything happens in one transaction. Where
+        reading it breaks, which is a fault of ours, the receipt is stored all the same, to be read
+        again: see ``unapplied``.
         """
         self._for_write = True  # for self.db: not the replica that reads would go to
-        callback = replace(callback, body=_plain(callback.body))
+        callback = replace(callback, body=_unpacked(callback.body))
+        receipt = self.model(
+            uuid=uuid,
+            callback_message_id=clean_text(message_id, limit=255),
+            received_at=now,
+            verified_by_next_key=key_index == 1,
+            is_recovered=is_recovered,
+            **_kept_fields(callback),
+        )
+        try:
+            return self._store(receipt, callback)
+        except UNSTORABLE as error:
+            if isinstance(error, IntegrityError) and (told := self._told_before(receipt)):
+                if same := receipt.seen_among(told):
+                    return same
+                # Told of the first attempt, as an envelope is that does not say of which.
+                free = next(number for number in itertools.count() if number not in told)
+                note = f"told as attempt {receipt.attempt}, of which something else was told before"
+                return self.receive(
+                    replace(callback, retried=free, notes=(*callback.notes, note)),
+                    uuid=uuid,
+                    message_id=message_id,
+                    key_index=key_index,
+                    now=now,
+                    is_recovered=is_recovered,
+                )
+            # Of the receipt or of what it means? The evidence goes first.
+            logger.exception("A callback for %s took no effect", uuid)
+            return self._store_unread(receipt, error)
+
+    def _store(self, receipt: CallbackResponse, callback: Callback) -> CallbackResponse:
+        if inbox.can_store_at_once(self.db) and self._store_at_once(receipt, callback):
+            return receipt
         with transaction.atomic(using=self.db):
             # Locking the request puts the callbacks of one request in a row.
-            requests = LLMRequest.objects.using(self.db).select_for_update(of=("self",))
-            llm_request = requests.filter(uuid=uuid).first()
-            receipt, is_new = self.get_or_create(
-                source_message_id=clean_text(callback.source_message_id, limit=255),
-                retried=min(callback.retried, _MOST_RETRIED),
-                kind=Kind.FAILURE_CALLBACK if callback.is_failure_callback else Kind.CALLBACK,
-                defaults={
-                    "uuid": uuid,
-                    "llm_request": llm_request,
-                    "callback_message_id": clean_text(message_id, limit=255),
-                    "received_at": now,
-                    "verified_by_next_key": key_index == 1,
-                    **_kept_fields(callback),
-                },
+            receipt.llm_request = llm_request = LLMRequest.objects.using(self.db).lock(receipt.uuid)
+            changes = receipt.read(callback, now=receipt.received_at)
+            inbox.insert(receipt, using=self.db)
+            if llm_request is not None and changes:
+                llm_request.write(changes)
+        return receipt
+
+    def _store_at_once(self, receipt: CallbackResponse, callback: Callback) -> bool:
+        """Whether nobody else has changed the request meanwhile, and all of it is written."""
+        receipt.llm_request = llm_request = LLMRequest.objects.using(self.db).look(receipt.uuid)
+        notes = receipt.problem
+        changes = receipt.read(callback, now=receipt.received_at)
+        needed = llm_request.needed(changes) if llm_request else {}
+        if not inbox.store_at_once(receipt, llm_request, needed, using=self.db):
+            receipt.problem, receipt.applied_at = notes, None  # it was not read, after all
+            return False
+        if llm_request and changes:
+            llm_request.become(changes)
+        return True
+
+    def _told_before(self, receipt: CallbackResponse) -> dict[int, CallbackResponse]:
+        """Where something is stored of the same attempt: what is stored of all, by ``retried``."""
+        of_message = self.filter(source_message_id=receipt.source_message_id, kind=receipt.kind)
+        told = {each.retried: each for each in of_message.defer("header", "body")}
+        return told if receipt.retried in told else {}
+
+    def _store_unread(self, receipt: CallbackResponse, error: Exception) -> CallbackResponse:
+        with transaction.atomic(using=self.db):
+            receipt.pk = None
+            receipt.llm_request = (
+                LLMRequest.objects.using(self.db).filter(uuid=receipt.uuid).first()
             )
-            if not is_new:
-                self.filter(pk=receipt.pk).update(seen_count=F("seen_count") + 1)
-            elif llm_request is not None:
-                receipt.take_effect(llm_request, callback)
+            receipt.put_off(error, now=receipt.received_at)
+            receipt.save(using=self.db, force_insert=True)
         return receipt
 
     def quarantine(self, envelope: bytes, *, uuid: UUID, problem: str, now: datetime) -> None:
-        """Keep a signed envelope that cannot be read, once, for a person to look at."""
+        """Keep a signed envelope that cannot be read, once, for a person to look at.
+
+        Without what it repeats of the request: a key that was changed since nobody would know as
+        one, and a prompt is kept where ``STORE_MESSAGES`` says, if anywhere.
+        """
         self._for_write = True
         digest = hashlib.sha256(envelope).hexdigest()
+        unpacked = _unpacked(envelope)
+        # Nothing can be taken out of what cannot be unpacked, and nothing read.
+        is_packed = is_gzip(unpacked)
+        kept = b"" if is_packed else plain(without_source(unpacked))
+        limit = app_settings().max_stored_body_bytes
         with transaction.atomic(using=self.db):
             receipt, is_new = self.get_or_create(
                 source_message_id=f"sha256:{digest}",
@@ -99,12 +181,26 @@ class CallbackResponseQuerySet(models.QuerySet["CallbackResponse"]):
                     "uuid": uuid,
                     "llm_request": LLMRequest.objects.using(self.db).filter(uuid=uuid).first(),
                     "received_at": now,
-                    "body": _plain(envelope)[: app_settings().max_stored_body_bytes],
-                    "problem": clean_text(problem, limit=2000),
+                    "body": kept[:limit],
+                    "is_body_cut": is_packed or len(kept) > limit,
+                    "problem": app_settings().without_secrets(clean_text(problem), limit=2000),
                 },
             )
             if not is_new:
                 self.filter(pk=receipt.pk).update(seen_count=F("seen_count") + 1)
+
+    def apply_due(self, *, now: datetime, limit: int = 100) -> int:
+        """Read again what could not be read and is due; answers how many were tried."""
+        self._for_write = True
+        receipts = list(self.unapplied(now).order_by("id")[:limit])
+        for receipt in receipts:
+            try:
+                receipt.apply_again(now=now)
+            except IllegalState as error:
+                # It never will: a person sees it among the unread.
+                receipts_ = self.filter(pk=receipt.pk)
+                receipts_.update(apply_tries=MOST_APPLY_TRIES, problem=clean_text(str(error)))
+        return len(receipts)
 
 
 class CallbackResponse(models.Model):
@@ -135,7 +231,20 @@ class CallbackResponse(models.Model):
     problem = models.TextField(_("problem"), blank=True)
     seen_count = models.PositiveIntegerField(_("seen"), default=1)
     verified_by_next_key = models.BooleanField(_("verified by next key"), default=False)
+    is_recovered = models.BooleanField(
+        _("recovered"),
+        default=False,
+        help_text=_("Found among QStash's dead letters or logs: it never arrived by itself."),
+    )
     received_at = models.DateTimeField(_("received at"), default=timezone.now)
+
+    # what it means, which may have to be read again
+    applied_at = models.DateTimeField(
+        _("applied at"), null=True, blank=True, help_text=_("When it took effect.")
+    )
+    apply_tries = models.PositiveSmallIntegerField(_("apply tries"), default=0)
+    """How often reading it broke: a fault of ours, not of the callback's."""
+    apply_after = models.DateTimeField(_("apply after"), null=True, blank=True)
 
     objects = CallbackResponseQuerySet.as_manager()
 
@@ -149,6 +258,27 @@ class CallbackResponse(models.Model):
                 name="callback_response_stored_once",
             ),
         )
+        indexes = (
+            models.Index(
+                fields=["id"], name="callback_response_unapplied", condition=_IS_UNAPPLIED
+            ),
+            # What a person should look at is few among many.
+            models.Index(
+                fields=["received_at"],
+                name="callback_response_quarantine",
+                condition=Q(kind="quarantined"),
+            ),
+            models.Index(
+                fields=["received_at"],
+                name="callback_response_orphaned",
+                condition=Q(llm_request=None),
+            ),
+            models.Index(
+                fields=["received_at"],
+                name="callback_response_next_key",
+                condition=Q(verified_by_next_key=True),
+            ),
+        )
 
     def __str__(self) -> str:
         return f"{self.get_kind_display()} {self.status} · {self.source_message_id}"
@@ -158,36 +288,199 @@ class CallbackResponse(models.Model):
         """1 is the first attempt."""
         return self.retried + 1
 
-    def take_effect(self, llm_request: LLMRequest, callback: Callback) -> None:
-        """What this callback means for its request. Any order of callbacks has the same end."""
-        llm_request.note_attempt(self)
-        if callback.is_success:
-            has_changed = self._complete(llm_request, callback)
-        elif callback.is_last:
-            has_changed = self._fail(llm_request, callback)
-        else:
-            has_changed = False
-            if self.attempt == llm_request.attempts:  # the latest known: any order ends the same
-                llm_request.note_problem(self._words(callback))
-        if has_changed:
-            ring_on_commit(Bell.ANNOUNCE, self._state.db or "default")
+    @property
+    def is_answer(self) -> bool:
+        return self.kind == Kind.CALLBACK and 200 <= self.status < 300
 
-    def _complete(self, llm_request: LLMRequest, callback: Callback) -> bool:
+    def seen_among(self, told: Mapping[int, CallbackResponse]) -> CallbackResponse | None:
+        """Of what is stored of the same message the one that says the same, counted once more."""
+        same: CallbackResponse | None = told[self.retried]
+        if same and self._is_other_answer(same):
+            same = next((each for each in told.values() if not self._is_other_answer(each)), None)
+        if same:
+            type(self).objects.using(same._state.db).filter(pk=same.pk).update(
+                seen_count=F("seen_count") + 1
+            )
+            same.seen_count += 1
+        return same
+
+    def _is_other_answer(self, stored: CallbackResponse) -> bool:
+        """Whether this is an answer, and ``stored`` is not it."""
+        if not self.is_answer or self.status != stored.status:
+            return self.is_answer
+        # What was cut or forgotten is taken for it.
+        return not stored.is_body_cut and bytes(stored.body) != bytes(self.body)
+
+    def read(self, callback: Callback, *, now: datetime) -> Changes:
+        """What ``callback`` changes about the locked ``llm_request``, and that it has been read.
+
+        Changes nothing in the database. Never raises: what breaks is put off.
+        """
+        if (
+            callback.max_retries is None
+            and self.llm_request
+            and self.llm_request.retries is not None
+        ):
+            # As many as we asked for. Taken for none, the first failure would be the end.
+            self.max_retries = self.llm_request.retries
+            callback = replace(callback, max_retries=self.max_retries)
         try:
-            completion = read_completion(callback.body)
+            changes = self._effect(callback) if self.llm_request else {}
+        # Whatever it is, the answer has been paid for: what broke is mended and this read again.
+        except Exception as error:
+            logger.exception("A callback for %s is stored, but could not be read", self.uuid)
+            self.put_off(error, now=now)
+            return {}
+        self.applied_at, self.apply_after = now, None
+        return changes
+
+    def put_off(self, error: Exception, *, now: datetime) -> None:
+        """Reading it broke. It will be tried again, later each time."""
+        self.applied_at = None
+        self.apply_tries = min(self.apply_tries + 1, 1000)
+        self.apply_after = now + timedelta(
+            seconds=min(3600.0, 10.0 * 2 ** min(self.apply_tries, 10))
+        )
+        self.problem = app_settings().without_secrets(
+            clean_text(f"{type(error).__name__}: {error}"), limit=2000
+        )
+
+    def apply_again(self, *, now: datetime | None = None) -> bool:
+        """Read the stored receipt once more, and whether that changed its request.
+
+        For what could not be read, or was misread by code that has been mended since. Nothing is
+        asked, and nothing paid, again. Raises ``IllegalState`` where there is nothing to read.
+        """
+        now = now or timezone.now()
+        callback = self._kept_callback()
+        receipts = type(self).objects.using(self._state.db)
+        if self.kind == Kind.QUARANTINED:
+            receipt = receipts.receive(callback, uuid=self.uuid, now=now)
+            has_changed = receipt.applied_at == now
+            if receipt.applied_at is not None:
+                receipts.filter(pk=self.pk).update(applied_at=now)
+                self.applied_at = now
+            return has_changed and receipt.llm_request_id is not None
+        with transaction.atomic(using=self._state.db):
+            self.llm_request = LLMRequest.objects.using(self._state.db).lock(self.uuid)
+            changes = self.read(callback, now=now)
+            read = ("applied_at", "apply_tries", "apply_after", "problem", "llm_request")
+            self.save(using=self._state.db, update_fields=read)
+            if self.llm_request is not None and changes:
+                self.llm_request.write(changes)
+        return bool(changes)
+
+    def anew(self, llm_request: LLMRequest) -> Changes:
+        """What this answer of ``llm_request`` would change about it if it came today.
+
+        Of a completed request only the answer that completed it may, of others only one that was
+        counted, and then only what it cost. Raises ``IllegalState`` where it is no such answer, or
+        cannot be read.
+        """
+        if not self.is_answer or llm_request.uuid != self.uuid:
+            raise IllegalState("It is no answer to this request.")
+        completion = None
+        try:
+            completion = _read(self._kept_callback().body)
+            usage = completion.usage
         except UnreadableCompletion as error:
-            problem = "; ".join(filter(None, (self.problem, str(error))))
-            type(self).objects.using(self._state.db).filter(pk=self.pk).update(problem=problem)
-            has_failed = llm_request.fail(error.code, str(error), now=self.received_at)
+            if llm_request.state == State.COMPLETED or not error.usage:
+                raise IllegalState(str(error)) from error
+            usage = error.usage
+        if llm_request.state == State.COMPLETED:
+            is_source = self.received_at == llm_request.finished_at
+        else:
+            counted = (llm_request.input_tokens, llm_request.output_tokens)
+            is_source = usage.is_known and counted == (usage.input_tokens, usage.output_tokens)
+        if not is_source:
+            raise IllegalState("It is another answer than the one that was counted.")
+        told = (completion.model, completion.service_tier) if completion else ()
+        cost = self._cost(llm_request, usage, *told)
+        return llm_request.after_reading_anew(usage, cost, completion)
+
+    def _kept_callback(self) -> Callback:
+        """The callback again, from what was kept of it."""
+        if self.is_body_cut:
+            raise IllegalState(
+                "Its body was cut at MAX_STORED_BODY_BYTES, or forgotten: it cannot be read again."
+            )
+        if self.kind == Kind.PING:
+            raise IllegalState("A ping says nothing about a request.")
+        body = bytes(self.body)
+        if self.kind == Kind.QUARANTINED:
+            try:
+                return Callback.from_json(decompress(body))
+            except (EnvelopeError, UnreadableCompletion) as error:
+                raise IllegalState(f"Still not an envelope: {error}") from error
+        return Callback(
+            status=self.status,
+            header=self.header,
+            body=body,
+            retried=self.retried,
+            max_retries=self.max_retries,
+            source_message_id=self.source_message_id,
+            dlq_id=self.dead_letter_id,
+        )
+
+    def _effect(self, callback: Callback) -> Changes:
+        """Any order of callbacks has the same end."""
+        llm_request = self.llm_request
+        assert llm_request is not None
+        if not callback.is_success and self._is_of_the_past(llm_request):
+            return {}
+        changes = llm_request.after_attempt(self)
+        if callback.is_success:
+            return changes | self._completed(llm_request, callback)
+        if callback.is_failure_callback and llm_request.state == State.COMPLETED:
+            self._note_at_first(_GIVEN_UP_AFTER_THE_ANSWER)
+        if callback.is_last:
+            return changes | self._failed(llm_request, callback)
+        if "attempts" in changes:  # the latest known: any order ends the same
+            return changes | llm_request.after_trouble(self._words(callback))
+        return changes
+
+    def _is_of_the_past(self, llm_request: LLMRequest) -> bool:
+        """Whether its message was given up before, and the request retried under another id since."""
+        if self.source_message_id == llm_request.qstash_message_id:
+            return False
+        receipts = type(self).objects.using(llm_request._state.db)
+        given_up = receipts.filter(
+            source_message_id=self.source_message_id, kind=Kind.FAILURE_CALLBACK
+        )
+        return given_up.exclude(applied_at=None).exists()
+
+    def _note(self, words: str) -> None:
+        if words not in self.problem:  # as it is when it was read before
+            self.problem = clean_text("; ".join(filter(None, (self.problem, words))))
+
+    def _note_at_first(self, words: str) -> None:
+        """The same about what was known before. Once it has taken effect it is itself part of that."""
+        if self.applied_at is None:
+            self._note(words)
+
+    def _completed(self, llm_request: LLMRequest, callback: Callback) -> Changes:
+        if llm_request.state == State.COMPLETED:
+            self._note_at_first(_ANOTHER_ANSWER)
+        try:
+            completion = _read(callback.body)
+        except UnreadableCompletion as error:
+            self._note(str(error))
+            changes = llm_request.after_failure(error.code, str(error), now=self.received_at)
             if error.usage:
-                llm_request.note_spending(error.usage, self._cost(llm_request, error.usage))
-            return has_failed
+                changes |= llm_request.after_spending(
+                    error.usage, self._cost(llm_request, error.usage)
+                )
+            return _without_secrets(changes)
         cost = self._cost(llm_request, completion.usage, completion.model, completion.service_tier)
-        if llm_request.complete(completion, cost, now=self.received_at):
-            return True
-        # Cancelled in the meantime: nobody reads the answer, and it has to be paid for.
-        llm_request.note_spending(completion.usage, cost)
-        return False
+        completed = llm_request.after_completion(completion, cost, now=self.received_at)
+        if not completed:
+            # Cancelled in the meantime: nobody reads the answer, and it has to be paid for.
+            return _without_secrets(llm_request.after_spending(completion.usage, cost))
+        if llm_request.state == State.FAILED:
+            self._note_at_first(_ANSWER_AFTER_A_FAILURE)
+        # Whatever else was told, of whichever message: this is the attempt that answered.
+        attempt = {"attempts": self.attempt, "last_status": self.status}
+        return _without_secrets(completed) | attempt
 
     def _cost(
         self, llm_request: LLMRequest, usage: Usage, answered_by: str = "", tier: str = ""
@@ -201,45 +494,87 @@ class CallbackResponse(models.Model):
             service_tier=tier,
         )
 
-    def _fail(self, llm_request: LLMRequest, callback: Callback) -> bool:
-        if callback.dlq_id:
-            llm_request.note_dead_letter(self.dead_letter_id)
-        code = "no_response" if callback.status < 0 else read_error(callback.body)[0]
+    def _failed(self, llm_request: LLMRequest, callback: Callback) -> Changes:
+        code = "no_response" if callback.status < 0 else read_error(plain(callback.body))[0]
         code = code or f"http_{callback.status}"
-        return llm_request.fail(code, self._words(callback), now=self.received_at)
+        changes = llm_request.after_failure(code, self._words(callback), now=self.received_at)
+        if callback.dlq_id:
+            changes["dead_letter_id"] = self.dead_letter_id
+        return changes
 
     def _words(self, callback: Callback) -> str:
         """What the provider said, and when."""
-        message = read_error(callback.body)[1]
+        message = read_error(plain(callback.body))[1]
         if not message and callback.status < 0:
             message = "the provider did not answer"
         attempts = f"after {self.attempt} attempt{'s' * (self.attempt > 1)}"
         return f"{message or f'the provider answered {callback.status}'} ({attempts})"
 
 
+_ANSWER_AFTER_A_FAILURE = "The request had failed before this answer came: the answer counts."
+_GIVEN_UP_AFTER_THE_ANSWER = "QStash gave a message of this request up, and the request has been answered: the answer counts."
+_ANOTHER_ANSWER = (
+    "The request was completed before by another answer. This one is paid for as well: it is not "
+    "used, and not part of the request's cost."
+)
+
+
 def _kept_fields(callback: Callback) -> dict[str, Any]:
     """What is kept of a callback. ``source_header`` carries the provider's key and is not."""
     conf = app_settings()
     limit = conf.max_stored_body_bytes
+    body = plain(callback.body)
     header = {
-        conf.without_secrets(name): [conf.without_secrets(value) for value in values]
+        name: values
         for name, values in callback.header.items()
         if name.lower() not in _DROPPED_HEADERS
     }
+    if conf.may_hold_secrets(header):
+        header = {
+            conf.without_secrets(name): [conf.without_secrets(value) for value in values]
+            for name, values in header.items()
+        }
     return {
+        "source_message_id": clean_text(callback.source_message_id, limit=255),
+        "retried": min(callback.retried, _MOST_RETRIED),
+        "kind": Kind.FAILURE_CALLBACK if callback.is_failure_callback else Kind.CALLBACK,
         "status": callback.status,
-        "max_retries": min(callback.max_retries, _MOST_RETRIED),
+        "max_retries": min(
+            MOST_RETRIES if callback.max_retries is None else callback.max_retries, _MOST_RETRIED
+        ),
         "header": clean_json(header),
-        "body": callback.body[:limit],
-        "is_body_cut": len(callback.body) > limit,
+        "body": body[:limit],
+        "is_body_cut": len(body) > limit,
         "dead_letter_id": clean_text(callback.dlq_id, limit=255),
-        "problem": clean_text("; ".join(callback.notes)),
+        "problem": conf.without_secrets(clean_text("; ".join(callback.notes)), limit=2000),
     }
 
 
-def _plain(content: bytes) -> bytes:
-    """``content`` unpacked where it is gzip, and without our keys, which some send back."""
+def _unpacked(content: bytes) -> bytes:
     with suppress(UnreadableCompletion):
-        content = decompress(content)
+        return decompress(content)
+    return content
+
+
+def plain(content: bytes) -> bytes:
+    """``content`` unpacked where it is gzip, and without our keys, which some send back.
+
+    For what is kept or quoted. A completion is read from what came: blacking out may hit what is no
+    key, and break a number.
+    """
     # Latin-1 is the one encoding in which every byte is a character, and our keys are ASCII.
-    return app_settings().without_secrets(content.decode("latin-1")).encode("latin-1")
+    return app_settings().without_secrets(_unpacked(content).decode("latin-1")).encode("latin-1")
+
+
+def _read(body: bytes) -> Completion:
+    """Raises ``UnreadableCompletion``, which quotes no key of ours, nor a piece of one."""
+    with suppress(UnreadableCompletion):
+        return read_completion(body)
+    return read_completion(plain(body))
+
+
+def _without_secrets(changes: Changes) -> Changes:
+    conf = app_settings()
+    if not conf.may_hold_secrets(changes):
+        return changes
+    return {name: conf.without_secrets_in(value) for name, value in changes.items()}

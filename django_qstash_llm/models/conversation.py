@@ -38,7 +38,8 @@ class Conversation(models.Model):
     def history(self) -> list[dict[str, Any]]:
         """The messages so far, in the order they were asked: each question with its answer."""
         messages: list[dict[str, Any]] = []
-        completed = self.llm_requests.completed().order_by("id")
+        # A forgotten question cannot be repeated, nor can its answer without it.
+        completed = self.llm_requests.completed().exclude(messages=[]).order_by("id")
         # What was asked again and answered was said once.
         completed = completed.exclude(resubmissions__state=State.COMPLETED)
         for asked, *said in completed.values_list("messages", "completion", "refusal"):

@@ -16,6 +16,10 @@ class Bell(StrEnum):
     """There are pending requests."""
     ANNOUNCE = "announce"
     """There are finished requests that triggers and signals have not been told of."""
+    APPLY = "apply"
+    """There are stored callbacks that could not be read when they came."""
+    RECONCILE = "reconcile"
+    """There are submitted requests of which nobody has heard past their deadline."""
 
 
 class _Ringing:

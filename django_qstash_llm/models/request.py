@@ -27,9 +27,22 @@ from ..completions import Completion, Usage
 from ..conf import app_settings, qstash_client
 from ..exceptions import IllegalState, InvalidRequest
 from ..providers import get_provider
-from ..qstash import FlowControl, InvalidOption, NotFound, Options
+from ..qstash import (
+    Accepted,
+    FlowControl,
+    InvalidOption,
+    NotFound,
+    Options,
+    QStashError,
+    Refused,
+    ResponseError,
+    TransportError,
+)
 from ..qstash.options import check_name, is_integer, is_number
+from ..signals import request_completed, request_failed
+from . import inbox
 from .doorbell import Bell, ring_on_commit
+from .forgetting import changes_at_end
 
 if TYPE_CHECKING:
     from ..pricing import Cost
@@ -40,11 +53,17 @@ LONGEST_TIMEOUT = 7200
 LONGEST_DELAY = 365 * 86_400
 """Seconds: the longest delay of any QStash plan."""
 MOST_RETRIES = 100
+COST_STEP = Decimal("1e-12")
+"""USD: what the column of costs tells apart."""
 RESERVED_LABEL = "llm-request-"
 """Labels that begin so are ours: by them a request is found again in QStash's logs."""
 MOST_MESSAGES = 10_000
 CLAIM_SECONDS = 120
 """How long a claim of the outbox holds, and so how long a killed worker's rows wait for another."""
+
+
+Changes = dict[str, Any]
+"""Of a row: names of its fields, and what they are to be."""
 
 
 class State(models.TextChoices):
@@ -63,6 +82,9 @@ class Via(models.TextChoices):
     PUBLISH = "publish", _("publish")
     ENQUEUE = "enqueue", _("enqueue")
     BATCH = "batch", _("batch")
+
+
+_IS_UNPRICED = Q(Q(state=State.COMPLETED) | Q(input_tokens__isnull=False), cost=None)
 
 
 class LLMRequestQuerySet(models.QuerySet["LLMRequest"]):
@@ -91,10 +113,13 @@ class LLMRequestQuerySet(models.QuerySet["LLMRequest"]):
     def finished(self) -> Self:
         return self.exclude(state__in=UNFINISHED)
 
+    def overdue(self, now: datetime) -> Self:
+        """Submitted, and nothing was heard of it for longer than it may take."""
+        return self.submitted().filter(deadline_at__lte=now)
+
     def unpriced(self) -> Self:
         """Answered, and nobody can say what it cost. Also where the answer came to nothing."""
-        is_answered = Q(state=State.COMPLETED) | Q(input_tokens__isnull=False)
-        return self.filter(is_answered, cost=None)
+        return self.filter(_IS_UNPRICED)
 
     def about(self, instance: models.Model) -> Self:
         """Asked about this instance of any model."""
@@ -105,6 +130,14 @@ class LLMRequestQuerySet(models.QuerySet["LLMRequest"]):
         """USD spent on what is priced here; None when nothing is. See ``unpriced``."""
         total: Decimal | None = self.aggregate(total=models.Sum("cost"))["total"]
         return total
+
+    def lock(self, uuid: uuids.UUID) -> LLMRequest | None:
+        """The request, locked until the transaction ends, without its long texts."""
+        return inbox.lock(self.model, uuid, _WHAT_DECIDES, using=self.db)
+
+    def look(self, uuid: uuids.UUID) -> LLMRequest | None:
+        """The same without a lock, for ``inbox.store_at_once``."""
+        return inbox.look(self.model, uuid, _WHAT_DECIDES, using=self.db)
 
     # --- asking ---
 
@@ -185,6 +218,11 @@ class OverTheWire:
     def wire_label(self) -> str:
         """The label by which this request is found in QStash's logs and dead letters."""
         return f"{RESERVED_LABEL}{self.uuid}"
+
+    def next_deadline(self, now: datetime) -> datetime:
+        """When QStash is asked what became of it, unless something is heard of it before."""
+        seconds = app_settings().deadline + (self.timeout or 0)
+        return max(now, self.not_before or now) + timedelta(seconds=seconds)
 
     def options(self, headers: Mapping[str, str] | None = None) -> Options:
         """How QStash is to deliver it. ``headers`` are the provider's, with its key."""
@@ -294,6 +332,16 @@ class LLMRequest(OverTheWire, models.Model):
     claimed_until = models.DateTimeField(_("claimed until"), null=True, blank=True, editable=False)
     qstash_message_id = models.CharField(_("QStash message id"), max_length=255, blank=True)
 
+    # the wait
+    deadline_at = models.DateTimeField(
+        _("deadline"),
+        null=True,
+        blank=True,
+        help_text=_("When QStash is asked what became of it, unless it is heard of before."),
+    )
+    inquiries = models.PositiveSmallIntegerField(_("inquiries"), default=0)
+    """How often QStash has been asked since it was last heard of."""
+
     # what came back
     attempts = models.PositiveIntegerField(_("attempts"), default=0)
     last_status = models.SmallIntegerField(
@@ -337,6 +385,22 @@ class LLMRequest(OverTheWire, models.Model):
     submitted_at = models.DateTimeField(_("submitted at"), null=True, blank=True)
     finished_at = models.DateTimeField(_("finished at"), null=True, blank=True)
 
+    # what is no longer kept
+    forgotten_at = models.DateTimeField(
+        _("forgotten at"),
+        null=True,
+        blank=True,
+        editable=False,
+        help_text=_("Since when the texts that were asked and answered are not kept."),
+    )
+    digest = models.CharField(
+        _("digest"),
+        max_length=64,
+        blank=True,
+        editable=False,
+        help_text=_("SHA-256 of the messages, where these are not kept."),
+    )
+
     objects = LLMRequestQuerySet.as_manager()
 
     class Meta:
@@ -368,6 +432,12 @@ class LLMRequest(OverTheWire, models.Model):
                 name="llm_request_unannounced",
                 condition=Q(announced_at=None, state__in=["completed", "failed"]),
             ),
+            models.Index(
+                fields=["deadline_at"],
+                name="llm_request_deadline",
+                condition=Q(state="submitted"),
+            ),
+            models.Index(fields=["id"], name="llm_request_unpriced", condition=_IS_UNPRICED),
         )
 
     def __str__(self) -> str:
@@ -380,6 +450,17 @@ class LLMRequest(OverTheWire, models.Model):
         super().save(*args, **kwargs)
         if is_new and self.state == State.PENDING:
             ring_on_commit(Bell.SUBMIT, self._state.db or "default")
+
+    @property
+    def idempotency_key(self) -> str:
+        """For effects outside the database: the same whenever this end of this request is told,
+        which may be twice after a crash, and another for another end, as after
+        ``retry_dead_letter``."""
+        if self.finished_at is None:
+            return f"{self.uuid}-{self.state}"
+        # In UTC: the row that has just ended and the row as it is read again say the same.
+        ended_at = _aware(self.finished_at).astimezone(UTC)
+        return f"{self.uuid}-{self.state}-{ended_at:%Y%m%dT%H%M%S.%f}"
 
     # --- asking ---
 
@@ -522,72 +603,149 @@ class LLMRequest(OverTheWire, models.Model):
 
     # --- what happens to it: each verb an update guarded by the state it leaves ---
 
-    def _change(self, states: Iterable[State], **fields: Any) -> bool:
-        """Whether the row was in one of ``states`` and now has ``fields``."""
-        rows = type(self).objects.using(self._state.db).filter(pk=self.pk, state__in=list(states))
-        has_changed = bool(rows.update(**fields))
-        if has_changed:
-            for name, value in fields.items():
-                setattr(self, name, value)
-        return has_changed
+    # What becomes of a row that ``lock`` has locked; ``write`` writes all of it in one statement.
+    # Each is nothing where the state does not allow it, and so any order and number of callbacks
+    # has the same end.
 
-    def note_attempt(self, receipt: CallbackResponse) -> None:
-        """One attempt at the provider is known. Later news of an earlier one changes nothing."""
-        rows = type(self).objects.using(self._state.db).filter(pk=self.pk)
-        # A callback proves that QStash has it, whatever became of the answer to our submission.
-        rows.filter(state=State.PENDING).update(
-            state=State.SUBMITTED, submitted_at=receipt.received_at, submit_after=None
-        )
-        rows.filter(attempts__lte=receipt.retried).update(
-            attempts=receipt.retried + 1, last_status=receipt.status
-        )
-        rows.filter(qstash_message_id="").update(qstash_message_id=receipt.source_message_id)
-        self.refresh_from_db()
+    def after_attempt(self, receipt: CallbackResponse) -> Changes:
+        """One attempt at the provider is known. Later news of an earlier one changes nothing, and
+        none those of the attempt that answered."""
+        changes: Changes = {}
+        if self.state == State.PENDING:
+            # A callback proves that QStash has it, whatever became of our submission's answer.
+            changes |= {"submitted_at": receipt.received_at, "submit_after": None}
+            changes["state"] = State.SUBMITTED
+        if self.state != State.COMPLETED and self.attempts <= receipt.retried:
+            changes |= {"attempts": receipt.retried + 1, "last_status": receipt.status}
+        if not self.qstash_message_id:
+            changes["qstash_message_id"] = receipt.source_message_id
+        deadline = self.next_deadline(receipt.received_at)
+        # Not back, where a receipt of long ago is read again.
+        if self.state in UNFINISHED and (self.deadline_at is None or self.deadline_at < deadline):
+            changes |= {"deadline_at": deadline, "inquiries": 0}
+        return changes
+
+    def after_trouble(self, problem: str) -> Changes:
+        """What a person should see while the request waits. Its state stays what it is."""
+        if self.state not in UNFINISHED:
+            return {}
+        return {"error": app_settings().without_secrets(clean_text(problem), limit=2000)}
+
+    def after_completion(
+        self, completion: Completion, cost: Cost | None, *, now: datetime
+    ) -> Changes:
+        """The answer is there. It wins over a failure that was told before it."""
+        if self.state not in (*UNFINISHED, State.FAILED):
+            return {}
+        return {
+            "state": State.COMPLETED,
+            **_answer(completion),
+            "error_code": "",
+            "error": "",
+            **_spending(completion.usage, cost),
+            **self._finished(now),
+            **_NOT_ANNOUNCED,
+        }
+
+    def after_failure(self, code: str, error: str, *, now: datetime) -> Changes:
+        """No answer will come, and why."""
+        if self.state not in UNFINISHED:
+            return {}
+        return {
+            "state": State.FAILED,
+            "error_code": app_settings().without_secrets(clean_text(code), limit=64),
+            "error": app_settings().without_secrets(clean_text(error), limit=10_000),
+            **self._finished(now),
+            **_NOT_ANNOUNCED,
+        }
+
+    def _finished(self, now: datetime) -> Changes:
+        return {"finished_at": now, "deadline_at": None, **changes_at_end(self, now)}
+
+    def after_spending(self, usage: Usage, cost: Cost | None) -> Changes:
+        """What an answer cost that nobody will read. Changes no state, and nothing known: least of
+        all beside the answer of another message."""
+        is_known = self.cost is not None or self.input_tokens is not None
+        if is_known or self.state == State.COMPLETED:
+            return {}
+        return _spending(usage, cost)
+
+    def after_reading_anew(
+        self, usage: Usage, cost: Cost | None, completion: Completion | None
+    ) -> Changes:
+        """The answer it has, read by mended code or at a new price: what is different now.
+
+        Its state stays, and so does a known cost for which there is no price any more.
+        """
+        read = _spending(usage, cost)
+        if self.state == State.COMPLETED and completion is not None and not self._is_purged:
+            read |= _answer(completion)
+        if cost is None and self.cost is not None:
+            del read["cost"], read["cost_source"]
+        read = app_settings().without_secrets_in(read)
+        return {name: each for name, each in read.items() if not self._is_now(name, each)}
+
+    @property
+    def _is_purged(self) -> bool:
+        """Whether its answer was forgotten as well. Its messages alone are when it is finished."""
+        is_empty = not (self.completion or self.refusal or self.tool_calls)
+        return is_empty and self.forgotten_at not in (None, self.finished_at)
+
+    def _is_now(self, name: str, value: Any) -> bool:
+        now = getattr(self, name)
+        if name != "cost" or now is None or value is None:
+            return bool(now == value)
+        return bool(abs(now - value) < COST_STEP)
+
+    def write(self, changes: Changes) -> None:
+        """Write down what has become of this locked row."""
+        needed = self.needed(changes)
+        inbox.update(self, needed, using=self._state.db or "default")
+        self.become(changes)
+
+    def needed(self, changes: Changes) -> Changes:
+        """Of ``changes`` those that are any: what only an end writes is as it was at first in a row
+        that has never ended."""
+        if self.finished_at is not None:
+            return changes
+        return {name: each for name, each in changes.items() if not _is_at_first(name, each)}
+
+    def become(self, changes: Changes) -> None:
+        """They are written: be so, and have it announced where it is an end."""
+        self._take_over(changes)
+        if "announced_at" in changes and self._is_anybody_to_tell():
+            ring_on_commit(Bell.ANNOUNCE, self._state.db or "default")
+
+    def _is_anybody_to_tell(self) -> bool:
+        """As far as this process knows; the sweep sees to the rest. A bell costs more than a row."""
+        is_completed = self.state == State.COMPLETED
+        signal = request_completed if is_completed else request_failed
+        return bool(self.trigger) or signal.has_listeners(LLMRequest)
+
+    def _take_over(self, changes: Changes) -> None:
+        for name, value in changes.items():
+            setattr(self, name, value)
+
+    def _change(self, states: Iterable[State], **changes: Any) -> bool:
+        """Whether the row, which nobody has locked, was in one of ``states`` and is changed now."""
+        rows = type(self).objects.using(self._state.db).filter(pk=self.pk, state__in=list(states))
+        has_changed = bool(rows.update(**changes))
+        if has_changed:
+            self._take_over(changes)
+        return has_changed
 
     def note_problem(self, problem: str) -> None:
         """What a person should see while the request waits. Its state stays what it is."""
-        problem = app_settings().without_secrets(clean_text(problem, limit=2000))
-        self._change(UNFINISHED, error=problem)
-
-    def note_dead_letter(self, dead_letter_id: str) -> None:
-        """QStash keeps it among its dead letters, from where it can be retried."""
-        rows = type(self).objects.using(self._state.db).filter(pk=self.pk)
-        rows.update(dead_letter_id=dead_letter_id)
-        self.dead_letter_id = dead_letter_id
-
-    def complete(self, completion: Completion, cost: Cost | None, *, now: datetime) -> bool:
-        """The answer is there. It wins over a failure that was told before it."""
-        return self._change(
-            (State.PENDING, State.SUBMITTED, State.FAILED),
-            state=State.COMPLETED,
-            finished_at=now,
-            completion=completion.text,
-            completion_id=completion.id,
-            answered_by=completion.model,
-            finish_reason=completion.finish_reason,
-            refusal=completion.refusal,
-            tool_calls=completion.tool_calls,
-            error_code="",
-            error="",
-            **_spending(completion.usage, cost),
-            **_NOT_ANNOUNCED,
-        )
-
-    def note_spending(self, usage: Usage, cost: Cost | None) -> None:
-        """What an answer cost that nobody will read. Changes no state, and nothing known."""
-        rows = type(self).objects.using(self._state.db).filter(pk=self.pk)
-        rows.filter(cost=None, input_tokens=None).update(**_spending(usage, cost))
+        if changes := self.after_trouble(problem):
+            self._change(UNFINISHED, **changes)
 
     def fail(self, code: str, error: str, *, now: datetime) -> bool:
-        """No answer will come, and why."""
-        return self._change(
-            UNFINISHED,
-            state=State.FAILED,
-            finished_at=now,
-            error_code=clean_text(code, limit=64),
-            error=app_settings().without_secrets(clean_text(error, limit=10_000)),
-            **_NOT_ANNOUNCED,
-        )
+        """No answer will come, and why. Whether it was unfinished until now."""
+        changes = self.after_failure(code, error, now=now)
+        has_changed = bool(changes) and self._change(UNFINISHED, **changes)
+        if has_changed and self._is_anybody_to_tell():
+            ring_on_commit(Bell.ANNOUNCE, self._state.db or "default")
+        return has_changed
 
     def cancel(self, *, now: datetime | None = None) -> None:
         """Ask no more. An attempt that is in flight may still finish, and is not waited for.
@@ -596,7 +754,8 @@ class LLMRequest(OverTheWire, models.Model):
         not be told; then the request goes on.
         """
         self._cancel_at_qstash()
-        if not self._change(UNFINISHED, state=State.CANCELLED, finished_at=now or timezone.now()):
+        finished = self._finished(now or timezone.now())
+        if not self._change(UNFINISHED, state=State.CANCELLED, **finished):
             self.refresh_from_db(fields=["state"])
             raise IllegalState(
                 f"{self.uuid} is {self.state}: only an unfinished request can be cancelled."
@@ -627,12 +786,108 @@ class LLMRequest(OverTheWire, models.Model):
             original = rows.select_for_update(of=("self",)).get(pk=self.pk)
             if original.state in UNFINISHED:
                 raise IllegalState(f"{self.uuid} is {original.state}: an answer may still come.")
+            if original.forgotten_at and not original.messages:
+                raise IllegalState(
+                    f"{self.uuid} was forgotten on {original.forgotten_at:%Y-%m-%d}: its messages "
+                    "are not kept, so it cannot be asked again."
+                )
             underway = rows.unfinished().filter(resubmission_of=original).first()
             if underway is not None:
                 raise IllegalState(f"{self.uuid} is being asked again already, as {underway.uuid}.")
             again = original._copy()
             again.save(using=self._state.db)
         return again
+
+    def retry_dead_letter(self, *, now: datetime | None = None) -> None:
+        """Have QStash try again what it gave up on, from its dead letters.
+
+        The one way back, and a person's wish: a failed request is submitted once more, under a new
+        message id, with its attempts counted anew, and announced once more when it ends. Raises
+        ``IllegalState`` when it has not failed, has no known dead letter or is being asked again
+        already; QStash's errors when it was refused, and then it is failed as before. After an
+        error that ``is_ambiguous`` it stays submitted: QStash may be at it, so it must not be
+        asked again before its deadline has found out. Until QStash has said yes it keeps its dead
+        letter's id: should it turn out that nothing came of it, it can be retried from there.
+        """
+        client, now = qstash_client(), now or timezone.now()
+        former = self._leave_dead_letter(now)
+        try:
+            answer = client.retry_dead_letter(former["dead_letter_id"])
+        except QStashError as error:
+            if isinstance(error, TransportError | ResponseError) and error.is_ambiguous:
+                self.refresh_from_db()
+                if not self.qstash_message_id:  # nor heard of since
+                    doubt = f"Whether QStash retries its dead letter is not known: {error}"
+                    self.note_problem(doubt)
+                raise
+            if isinstance(error, NotFound):
+                former["dead_letter_id"] = ""  # retried or deleted elsewhere, or too old
+            self._change([State.SUBMITTED], **former)
+            raise
+        if isinstance(answer, Refused):
+            self._change([State.SUBMITTED], **former)
+            raise IllegalState(
+                f"{self.uuid}: QStash does not retry its dead letter: {answer.error}"
+            )
+        if isinstance(answer, Accepted):
+            rows = type(self).objects.using(self._state.db).filter(pk=self.pk)
+            rows.update(qstash_message_id=clean_text(answer.message_id, limit=255))
+            # Unless it has failed again by now, and lies there under another id.
+            rows.filter(dead_letter_id=former["dead_letter_id"]).update(dead_letter_id="")
+        self.refresh_from_db()
+        if self.state == State.CANCELLED:
+            # While it was on its way, so that the one who cancelled knew no id to name.
+            self._cancel_at_qstash()
+
+    def _leave_dead_letter(self, now: datetime) -> Changes:
+        """``failed -> submitted``, before QStash is told; answers what the row was."""
+        rows = type(self).objects.using(self._state.db)
+        with transaction.atomic(using=self._state.db):
+            # Locked: two clicks on a button are one wish.
+            row = rows.select_for_update(of=("self",)).get(pk=self.pk)
+            if row.state != State.FAILED:
+                raise IllegalState(f"{self.uuid} is {row.state}: only what failed is retried.")
+            if not row.dead_letter_id:
+                raise IllegalState(f"{self.uuid} has no known dead letter: resubmit it instead.")
+            underway = rows.unfinished().filter(resubmission_of=row).first()
+            if underway is not None:
+                raise IllegalState(f"{self.uuid} is being asked again already, as {underway.uuid}.")
+            changes: Changes = {
+                "state": State.SUBMITTED,
+                "qstash_message_id": "",
+                "submitted_at": now,
+                "deadline_at": row.next_deadline(now),
+                "inquiries": 0,
+                "attempts": 0,
+                "last_status": None,
+                "error_code": "",
+                "error": "",
+                "finished_at": None,
+                **_NOT_ANNOUNCED,
+            }
+            former = {name: getattr(row, name) for name in (*changes, "dead_letter_id")}
+            rows.filter(pk=self.pk).update(**changes)
+        self._take_over(changes)
+        return former
+
+    def drop_dead_letter(self) -> None:
+        """Delete it from QStash's dead letters: it is not to be retried from there.
+
+        Raises ``IllegalState`` when it has no known dead letter or is being tried again from
+        there, and QStash's errors when it could not be told.
+        """
+        self.refresh_from_db(fields=["state", "dead_letter_id"])
+        dropped = self.dead_letter_id
+        if self.state in UNFINISHED:
+            raise IllegalState(f"{self.uuid} is {self.state}: an answer may still come.")
+        if not dropped:
+            raise IllegalState(f"{self.uuid} has no known dead letter.")
+        # Not found: retried or deleted elsewhere, or too old.
+        with suppress(NotFound):
+            qstash_client().delete_dead_letter(dropped)
+        rows = type(self).objects.using(self._state.db)
+        rows.filter(pk=self.pk, dead_letter_id=dropped).update(dead_letter_id="")
+        self.refresh_from_db(fields=["dead_letter_id"])
 
     def _copy(self) -> LLMRequest:
         copied = {f.attname: getattr(self, f.attname) for f in _askable_fields(type(self))}
@@ -681,7 +936,22 @@ class LLMRequest(OverTheWire, models.Model):
         return json.loads(self.completion)
 
 
-def _spending(usage: Usage, cost: Cost | None) -> dict[str, Any]:
+def _is_at_first(name: str, value: Any) -> bool:
+    return name in _WRITTEN_BY_ENDS and not value and value != 0
+
+
+def _answer(completion: Completion) -> Changes:
+    return {
+        "completion": completion.text,
+        "completion_id": completion.id,
+        "answered_by": completion.model,
+        "finish_reason": completion.finish_reason,
+        "refusal": completion.refusal,
+        "tool_calls": completion.tool_calls,
+    }
+
+
+def _spending(usage: Usage, cost: Cost | None) -> Changes:
     return {
         "input_tokens": usage.input_tokens,
         "output_tokens": usage.output_tokens,
@@ -694,12 +964,49 @@ def _spending(usage: Usage, cost: Cost | None) -> dict[str, Any]:
     }
 
 
-_NOT_ANNOUNCED: dict[str, Any] = {
+_NOT_ANNOUNCED: Changes = {
     "announced_at": None,
     "announce_tries": 0,
     "announce_after": None,
     "announce_error": "",
 }
+_WRITTEN_BY_ENDS = {
+    "completion",
+    "completion_id",
+    "answered_by",
+    "finish_reason",
+    "refusal",
+    "tool_calls",
+    "input_tokens",
+    "output_tokens",
+    "cached_tokens",
+    "cache_write_tokens",
+    "reasoning_tokens",
+    "usage",
+    "cost",
+    "cost_source",
+    "error_code",
+    *_NOT_ANNOUNCED,
+}
+_WHAT_DECIDES = (
+    "id",
+    "uuid",
+    "state",
+    "provider",
+    "model",
+    "trigger",
+    "retries",
+    "timeout",
+    "not_before",
+    "attempts",
+    "qstash_message_id",
+    "input_tokens",
+    "cost",
+    "deadline_at",
+    "finished_at",
+    "conversation",
+)
+"""What the verbs of a locked row look at."""
 _ASKABLE = (
     "provider",
     "model",

@@ -23,6 +23,7 @@ from .exceptions import (
     ResponseError,
     SignatureError,
     TransportError,
+    UnreadableAnswer,
 )
 from .message import Accepted, Message, Refused
 from .options import FlowControl, Options
@@ -59,6 +60,7 @@ __all__ = [
     "ResponseError",
     "SignatureError",
     "TransportError",
+    "UnreadableAnswer",
     "sign",
     "verify",
     "verify_token",

@@ -130,7 +130,7 @@ def batch(messages: Sequence[Message]) -> Call[list[Answer]]:
     """Hand in many messages. The answers come in the messages' order, one ``Accepted``,
     ``Refused`` or (for a URL group) list each; a refused item does not touch the others.
 
-    An answer of another length cannot be matched and is a ``TransportError`` that is ambiguous.
+    An answer of another length cannot be matched and is an ``UnreadableAnswer``.
     """
     count = len(messages)
 

@@ -13,13 +13,15 @@ import json
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from datetime import UTC
+from email.utils import parsedate_to_datetime
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, cast
 
 import httpx
 
 from . import calls
 from .calls import Call
-from .exceptions import InvalidOption, ResponseError, TransportError
+from .exceptions import InvalidOption, ResponseError, TransportError, UnreadableAnswer
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -46,12 +48,14 @@ class _Connection:
         timeout: float = 30.0,
         retries: int = 2,
         transport: Any = None,
+        redact: Callable[[str], str] = str,
     ) -> None:
         """
         ``timeout``: seconds for any one wait, 5 at most for connecting, and in all until the
         answer must have been read; retries begin anew.
         ``retries``: further tries after a transport failure, where they are safe.
         ``transport``: an httpx transport, for tests and proxies.
+        ``redact``: takes out of QStash's words what no error may repeat, before they are cut.
         """
         if not re.fullmatch(r"[\x21-\x7e]+", token or ""):
             raise InvalidOption("token", "empty, with spaces or not printable ASCII")
@@ -62,11 +66,22 @@ class _Connection:
         self.timeout = timeout
         self.retries = retries
         self._given_transport = transport
+        self._redact = redact
         self._headers = {"Authorization": f"Bearer {token}", "User-Agent": "django-qstash-llm"}
         limits = httpx.Timeout(timeout, connect=min(5.0, timeout))
         self._extensions = {"timeout": limits.as_dict()}
         # Reading a URL takes a tenth of a call, and most calls are to the same few.
         self._url = functools.lru_cache(maxsize=64)(httpx.URL)
+        self._last_date = ""
+
+    @property
+    def server_time(self) -> float | None:
+        """QStash's clock at its last answer, unix seconds, whole ones; None when it did not say."""
+        try:
+            moment = parsedate_to_datetime(self._last_date)
+        except (ValueError, OverflowError):
+            return None
+        return moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.base_url}>"
@@ -90,6 +105,32 @@ class _Connection:
 
     def _may_try_again(self, call: Call[T], error: TransportError, tries: int) -> bool:
         return tries <= self.retries and (call.is_repeatable or not error.is_ambiguous)
+
+    def _read(self, call: Call[T], answer: _Answer, may_have_arrived: bool) -> T:
+        """``may_have_arrived``: with an earlier try, whose answer was lost."""
+        if not 200 <= answer.status < 300:
+            text = self._redact(answer.content.decode("utf-8", "replace"))
+            error = ResponseError.from_response(answer.status, text, dict(answer.headers))
+            error.is_ambiguous = error.is_ambiguous or may_have_arrived
+            raise error
+        if answer.is_too_large:
+            raise UnreadableAnswer("QStash's answer is too large")
+        if call.parse is calls._nothing:
+            return call.parse(None)
+        try:
+            return call.parse(json.loads(answer.content))
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+        ) as error:
+            problem = self._redact(str(error))
+            raise UnreadableAnswer(
+                f"QStash's answer to {call.method} {call.path.split('?')[0]} cannot be read: {problem}"
+            ) from error
 
 
 def _blocking(build: Callable[P, Call[T]]) -> Callable[Concatenate[Client, P], T]:
@@ -135,16 +176,17 @@ class Client(_Connection):
 
     def send(self, call: Call[T]) -> T:
         """Carry out any ``Call``."""
-        tries = 0
+        tries, may_have_arrived = 0, False
         while True:
             tries += 1
             try:
                 answer = self._send_once(call)
             except TransportError as error:
+                may_have_arrived = error.is_ambiguous = error.is_ambiguous or may_have_arrived
                 if not self._may_try_again(call, error, tries):
                     raise
             else:
-                return _read(call, answer)
+                return self._read(call, answer, may_have_arrived)
             self._sleep(_pause_before(tries))
 
     def _send_once(self, call: Call[T]) -> _Answer:
@@ -153,6 +195,7 @@ class Client(_Connection):
             response = self._transport.handle_request(self._request(call))
             try:
                 answer = _Answer(response.status_code, response.headers, deadline)
+                self._last_date = response.headers.get("Date", "")
                 for chunk in _chunks(response):
                     answer.add(chunk)
                     if answer.is_too_large:
@@ -227,16 +270,17 @@ class AsyncClient(_Connection):
 
     async def send(self, call: Call[T]) -> T:
         """Carry out any ``Call``."""
-        tries = 0
+        tries, may_have_arrived = 0, False
         while True:
             tries += 1
             try:
                 answer = await self._send_once(call)
             except TransportError as error:
+                may_have_arrived = error.is_ambiguous = error.is_ambiguous or may_have_arrived
                 if not self._may_try_again(call, error, tries):
                     raise
             else:
-                return _read(call, answer)
+                return self._read(call, answer, may_have_arrived)
             await self._sleep(_pause_before(tries))
 
     async def _send_once(self, call: Call[T]) -> _Answer:
@@ -245,6 +289,7 @@ class AsyncClient(_Connection):
             response = await self._transport.handle_async_request(self._request(call))
             try:
                 answer = _Answer(response.status_code, response.headers, deadline)
+                self._last_date = response.headers.get("Date", "")
                 async for chunk in response.aiter_bytes():
                     answer.add(chunk)
                     if answer.is_too_large:
@@ -335,27 +380,3 @@ def _is_http_url(text: str) -> bool:
 def _pause_before(tries: int) -> float:
     """Seconds. The first retry is at once: most often a kept connection had gone stale."""
     return 0.0 if tries == 1 else 0.2 * 2.0 ** (tries - 2)
-
-
-def _read(call: Call[T], answer: _Answer) -> T:
-    if not 200 <= answer.status < 300:
-        text = answer.content.decode("utf-8", "replace")
-        raise ResponseError.from_response(answer.status, text, dict(answer.headers))
-    if answer.is_too_large:
-        raise TransportError("QStash's answer is too large", is_ambiguous=True)
-    if call.parse is calls._nothing:
-        return call.parse(None)
-    try:
-        return call.parse(json.loads(answer.content))
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-    ) as error:
-        raise TransportError(
-            f"QStash's answer to {call.method} {call.path.split('?')[0]} cannot be read: {error}",
-            is_ambiguous=True,
-        ) from error

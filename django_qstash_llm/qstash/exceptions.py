@@ -7,6 +7,7 @@
     ├── EnvelopeError (ValueError)     a callback's JSON that cannot be read
     ├── SignatureError                 a signature that must not be believed; .reason
     ├── TransportError                 no answer came back; .is_ambiguous
+    │   └── UnreadableAnswer           one came, and cannot be read
     └── ResponseError                  QStash said no; .status .body .is_ambiguous
         ├── AuthenticationError        401, 403
         ├── NotFound                   404
@@ -67,6 +68,13 @@ class TransportError(QStashError):
         """True when QStash may have done the work although its answer was lost."""
 
 
+class UnreadableAnswer(TransportError):
+    """A 2xx whose body says nothing that we understand: the work is done, and we do not know how."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail, is_ambiguous=True)
+
+
 class ResponseError(QStashError):
     """QStash answered, and the answer is not a 2xx."""
 
@@ -75,11 +83,8 @@ class ResponseError(QStashError):
         self.status = status
         self.body = body
         self.headers: Mapping[str, str] = headers or {}
-
-    @property
-    def is_ambiguous(self) -> bool:
-        """A 5xx may come after the work was done."""
-        return self.status >= 500
+        self.is_ambiguous = status >= 500
+        """A 5xx may come after the work was done, and any refusal after a try whose answer was lost."""
 
     @staticmethod
     def from_response(status: int, body: str, headers: Mapping[str, str]) -> ResponseError:

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple, Self
 
 from .exceptions import InvalidOption
-from .options import NAME, Options, check_name
+from .options import NAME, Options, canonical, check_name
 
 HOSTED_LLM = "api/llm"
 """The destination that stands for Upstash's hosted models."""
@@ -75,16 +75,20 @@ class Message:
     def __post_init__(self) -> None:
         check_destination(self.destination)
         if self.queue:
-            check_name("queue", self.queue)
+            check_name("queue", self.queue, wire_text="invalid queue name")
         if self.deduplication_id and not NAME.fullmatch(self.deduplication_id):
-            check_name("deduplication_id", self.deduplication_id)
+            name = "deduplication_id"
+            problem = f"{self.deduplication_id!r} is no id: 1 to 256 letters, digits, '_', '-', '.'"
+            raise InvalidOption(name, problem, wire_text=_wire_text(name, problem))
         if self.label:
             check_name("label", self.label)
         for name, url in (("callback", self.callback), ("failure_callback", self.failure_callback)):
             if url and not (_URL.fullmatch(url) and url.isascii()):
-                raise InvalidOption(name, f"{url!r} is not an absolute http(s) URL in ASCII")
+                problem = f"{url!r} is not an absolute http(s) URL in ASCII"
+                raise InvalidOption(name, problem, wire_text=_wire_text(name, problem))
         if self.destination == HOSTED_LLM and not self.callback:
-            raise InvalidOption("callback", "api/llm answers by callback: give its URL")
+            problem = "api/llm answers by callback: give its URL"
+            raise InvalidOption("callback", problem, wire_text=_wire_text("callback", problem))
 
     @property
     def path(self) -> str:
@@ -129,18 +133,19 @@ class Message:
         """Read one item of ``/v2/batch``: values may be strings or lists (Go), body text or JSON."""
         if not isinstance(item, dict):
             raise InvalidOption("batch", "each item is an object with a destination")
-        destination, queue = item.get("destination"), item.get("queue") or ""
+        destination, queue = item.get("destination"), item.get("queue")
         if not isinstance(destination, str):
             raise InvalidOption("destination", "missing", wire_text="missing destination")
-        if not isinstance(queue, str):
+        if not isinstance(queue, str | None):
             raise InvalidOption("queue", "not a string", wire_text="invalid queue name")
         body = item.get("body")
         if body is not None and not isinstance(body, str):
             body = json.dumps(body)
-        headers = _flat_headers(item.get("headers") or {})
+        headers = item.get("headers")
         # Text that JSON can hold and UTF-8 cannot is replaced, not refused: it is the body's affair.
         encoded = (body or "").encode("utf-8", "replace")
-        return cls.from_headers(destination, headers, encoded, queue)
+        flat = {} if headers is None else _flat_headers(headers)
+        return cls.from_headers(destination, flat, encoded, queue or "")
 
 
 def _flat_headers(headers: Any) -> dict[str, str]:
@@ -172,6 +177,11 @@ def check_destination(destination: str) -> None:
 
 def _invalid_destination(problem: str) -> InvalidOption:
     return InvalidOption("destination", problem, wire_text=f"invalid destination url: {problem}")
+
+
+def _wire_text(field_name: str, problem: str) -> str:
+    """What a server says of it: it knows the header, not our field."""
+    return f"invalid {canonical(f'upstash-{field_name}'.replace('_', '-'))} header: {problem}"
 
 
 class JSONText(bytes):

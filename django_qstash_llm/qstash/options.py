@@ -65,7 +65,9 @@ class FlowControl:
                     wire_text=_FLOW_VALUE_TEXT,
                 )
         if self.period > LONGEST_PERIOD:
-            raise InvalidOption("flow_control.period", "longer than 7 days")
+            problem = "longer than 7 days"
+            text = f"invalid Upstash-Flow-Control-Value header: {problem}"
+            raise InvalidOption("flow_control.period", problem, wire_text=text)
 
     def to_value(self) -> str:
         """``parallelism=2, rate=10, period=60s``"""
@@ -76,7 +78,9 @@ class FlowControl:
         return ", ".join(written)
 
     @classmethod
-    def from_value(cls, key: str, value: str) -> FlowControl:
+    def from_value(
+        cls, key: str, value: str, *, header: str = "Upstash-Flow-Control-Value"
+    ) -> FlowControl:
         """Read the header's value: any order, optional spaces, period as duration or seconds."""
         numbers: dict[str, int] = {}
         for part in value.split(","):
@@ -84,7 +88,7 @@ class FlowControl:
             if not equals or name not in {"parallelism", "rate", "period"}:
                 raise InvalidOption("flow_control", _FLOW_VALUE_TEXT, wire_text=_FLOW_VALUE_TEXT)
             if name == "period" and not text.isdigit():
-                numbers[name] = math.ceil(parse_duration(text, field="Upstash-Flow-Control-Value"))
+                numbers[name] = math.ceil(parse_duration(text, field=header))
             elif text.isascii() and text.isdigit() and len(text) < 11:
                 numbers[name] = int(text)
             else:
@@ -222,26 +226,34 @@ class Options:
             return cls.from_headers(headers, inner) if is_given else None
 
         forward = f"{prefix}forward-"
-        return cls(
-            method=read("method", _read_method, "POST"),
-            content_type=headers.get("content-type", "").strip() if prefix == "upstash-" else "",
-            headers={
-                canonical(name.removeprefix(forward)): value.strip()
-                for name, value in headers.items()
-                if name.startswith(forward) and name != forward
-            },
-            delay=read("delay", _read_duration, None),
-            not_before=read("not-before", _read_moment, None),
-            retries=read("retries", _read_count, None),
-            retry_delay=read("retry-delay", _read_expression, ""),
-            timeout=read("timeout", _read_duration, None),
-            content_based_deduplication=read("content-based-deduplication", _read_bool, False),
-            callback=nested("callback"),
-            failure_callback=nested("failure-callback"),
-            flow_control=_read_flow_control(headers, prefix),
-            labels=read("label", _read_list, ()),
-            redact=read("redact-fields", _read_list, ()),
-        )
+        forwarded = {
+            canonical(name.removeprefix(forward)): value.strip()
+            for name, value in headers.items()
+            if name.startswith(forward) and name != forward
+        }
+        try:
+            return cls(
+                method=read("method", _read_method, "POST"),
+                content_type=headers.get("content-type", "").strip()
+                if prefix == "upstash-"
+                else "",
+                headers=forwarded,
+                delay=read("delay", _read_duration, None),
+                not_before=read("not-before", _read_moment, None),
+                retries=read("retries", _read_count, None),
+                retry_delay=read("retry-delay", _read_expression, ""),
+                timeout=read("timeout", _read_duration, None),
+                content_based_deduplication=read("content-based-deduplication", read_bool, False),
+                callback=nested("callback"),
+                failure_callback=nested("failure-callback"),
+                flow_control=_read_flow_control(headers, prefix),
+                labels=read("label", _read_list, ()),
+                redact=read("redact-fields", _read_list, ()),
+            )
+        except InvalidOption as error:
+            if header := _header_of(error, prefix, forwarded):
+                raise InvalidOption(header, error.problem) from error
+            raise
 
 
 def canonical(header: str) -> str:
@@ -257,11 +269,13 @@ def is_number(value: object) -> bool:
     return is_integer(value) or (isinstance(value, float) and math.isfinite(value))
 
 
-def check_name(field_name: str, value: str) -> None:
+def check_name(field_name: str, value: str, *, wire_text: str = "") -> None:
     """Refuse a name that could not travel in a path or header unescaped."""
     if not isinstance(value, str) or not NAME.fullmatch(value):
         raise InvalidOption(
-            field_name, f"{value!r} is not a name: 1 to 256 letters, digits, '_', '-' and '.'"
+            field_name,
+            f"{value!r} is not a name: 1 to 256 letters, digits, '_', '-' and '.'",
+            wire_text=wire_text,
         )
 
 
@@ -306,7 +320,7 @@ def _read_count(value: str, header: str) -> int:
     return int(value)
 
 
-def _read_bool(value: str, header: str) -> bool:
+def read_bool(value: str, header: str) -> bool:
     if value not in _TRUE | _FALSE:
         raise InvalidOption(header, f'"{value}" is not a boolean')
     return value in _TRUE
@@ -324,6 +338,35 @@ def _read_list(value: str, header: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
+_HEADER_OF_FIELD = {
+    "delay": "Delay",
+    "timeout": "Timeout",
+    "retries": "Retries",
+    "labels": "Label",
+    "redact": "Redact-Fields",
+    "flow_control.key": "Flow-Control-Key",
+    "flow_control.period": "Flow-Control-Value",
+}
+
+
+def _header_of(error: InvalidOption, prefix: str, forwarded: Mapping[str, str]) -> str:
+    """The header in which that stood; empty when the error names it already."""
+    if error.field == "content_type":
+        return "Content-Type"
+    if error.field == "headers":
+        return next(
+            f"{canonical(prefix)}Forward-{name}"
+            for name, value in forwarded.items()
+            if not _is_header(name, value)
+        )
+    name = _HEADER_OF_FIELD.get(error.field)
+    return f"{canonical(prefix)}{name}" if name else ""
+
+
+def _is_header(name: str, value: str) -> bool:
+    return bool(_HEADER_NAME.fullmatch(name) and _HEADER_VALUE.fullmatch(value))
+
+
 def _read_flow_control(headers: Mapping[str, str], prefix: str) -> FlowControl | None:
     key = headers.get(f"{prefix}flow-control-key", "").strip()
     value = headers.get(f"{prefix}flow-control-value")
@@ -332,8 +375,8 @@ def _read_flow_control(headers: Mapping[str, str], prefix: str) -> FlowControl |
     if not key or not value:
         missing = "Key" if not key else "Value"
         raise InvalidOption(
-            f"Upstash-Flow-Control-{missing}",
+            canonical(f"{prefix}flow-control-{missing}"),
             "the flow-control key and value go together",
             wire_text=_FLOW_VALUE_TEXT if key else "",
         )
-    return FlowControl.from_value(key, value)
+    return FlowControl.from_value(key, value, header=canonical(f"{prefix}flow-control-value"))

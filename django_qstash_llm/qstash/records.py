@@ -1,4 +1,5 @@
-"""What QStash tells about messages, dead letters, logs, queues and flow control: JSON <-> records."""
+"""What QStash tells about messages, dead letters, logs, queues, flow control, URL groups and
+schedules: JSON <-> records."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import base64
 import binascii
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 Header = Mapping[str, list[str]]
 T = TypeVar("T")
@@ -172,6 +173,8 @@ class LogEntry:
     method: str = ""
     callback: str = ""
     failure_callback: str = ""
+    callback_header: Header = field(default_factory=dict, repr=False)
+    failure_callback_header: Header = field(default_factory=dict, repr=False)
     max_retries: int | None = None
     retry_delay: str = ""
     timeout: int | None = None
@@ -206,6 +209,9 @@ class LogEntry:
                 "method": self.method,
                 "callback": self.callback,
                 "failureCallback": self.failure_callback,
+                # Here in the plural, on a message in the singular.
+                "callbackHeaders": dict(self.callback_header),
+                "failureCallbackHeaders": dict(self.failure_callback_header),
                 "maxRetries": self.max_retries,
                 "retryDelayExpr": self.retry_delay,
                 "retryDelayExpression": self.retry_delay,
@@ -242,6 +248,8 @@ class LogEntry:
             method=data.get("method", ""),
             callback=data.get("callback", ""),
             failure_callback=data.get("failureCallback", ""),
+            callback_header=_lists(data.get("callbackHeaders")),
+            failure_callback_header=_lists(data.get("failureCallbackHeaders")),
             max_retries=data.get("maxRetries"),
             retry_delay=data.get("retryDelayExpression") or data.get("retryDelayExpr") or "",
             timeout=data.get("timeout"),
@@ -324,6 +332,108 @@ _FLOW_CONTROL_NAMES = {
     "is_pinned_parallelism": "isPinnedParallelism",
     "is_pinned_rate": "isPinnedRate",
 }
+
+
+class Endpoint(NamedTuple):
+    """One of a URL group's destinations."""
+
+    url: str
+    name: str = ""
+
+    def to_json(self) -> dict[str, str]:
+        return _present({"name": self.name, "url": self.url})
+
+
+@dataclass(frozen=True, kw_only=True)
+class UrlGroup:
+    """A name for several destinations. Times are unix milliseconds."""
+
+    name: str
+    created_at: int = 0
+    updated_at: int = 0
+    endpoints: tuple[Endpoint, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "createdAt": self.created_at,
+            "updatedAt": self.updated_at,
+            "endpoints": [endpoint.to_json() for endpoint in self.endpoints],
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """What is published again and again. Times are unix milliseconds."""
+
+    schedule_id: str
+    cron: str
+    destination: str
+    created_at: int = 0
+    method: str = "POST"
+    is_paused: bool = False
+    header: Header = field(default_factory=dict, repr=False)
+    body: bytes = field(default=b"", repr=False)
+    retries: int = 3
+    retry_delay: str = ""
+    delay: int | None = None
+    """Seconds."""
+    timeout: float | None = None
+    """Seconds."""
+    callback: str = ""
+    failure_callback: str = ""
+    callback_header: Header = field(default_factory=dict, repr=False)
+    failure_callback_header: Header = field(default_factory=dict, repr=False)
+    queue_name: str = ""
+    caller_ip: str = ""
+    labels: tuple[str, ...] = ()
+    flow_control_key: str = ""
+    rate: int | None = None
+    period: int | None = None
+    """Seconds."""
+    parallelism: int | None = None
+    last_schedule_time: int | None = None
+    next_schedule_time: int | None = None
+    last_schedule_states: Mapping[str, str] = field(default_factory=dict)
+    """Message id -> IN_PROGRESS, SUCCESS or FAIL."""
+    error: str = ""
+    """Why nothing was published the last time."""
+
+    def to_json(self) -> dict[str, Any]:
+        # The official Python client cannot do without these.
+        return {
+            "scheduleId": self.schedule_id,
+            "cron": self.cron,
+            "destination": self.destination,
+            "createdAt": self.created_at,
+            "method": self.method,
+            "retries": self.retries,
+            "isPaused": self.is_paused,
+        } | _present(
+            {
+                "header": dict(self.header),
+                **_body_fields("body", self.body),
+                "retryDelayExpression": self.retry_delay,
+                "delay": self.delay,
+                "timeout": self.timeout,
+                "callback": self.callback,
+                "failureCallback": self.failure_callback,
+                "callbackHeader": dict(self.callback_header),
+                "failureCallbackHeader": dict(self.failure_callback_header),
+                "queueName": self.queue_name,
+                "callerIP": self.caller_ip,
+                "label": self.labels[0] if self.labels else "",
+                "labels": list(self.labels),
+                "flowControlKey": self.flow_control_key,
+                "rate": self.rate,
+                "period": self.period,
+                "parallelism": self.parallelism,
+                "lastScheduleTime": self.last_schedule_time,
+                "nextScheduleTime": self.next_schedule_time,
+                "lastScheduleStates": dict(self.last_schedule_states),
+                "error": self.error,
+            }
+        )
 
 
 @dataclass(frozen=True)

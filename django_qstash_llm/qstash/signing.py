@@ -6,10 +6,12 @@ import base64
 import hashlib
 import hmac
 import json
-import secrets
+import random
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from difflib import SequenceMatcher
+from typing import Any, NamedTuple
 
 import jwt
 
@@ -65,11 +67,23 @@ def sign(body: bytes, *, url: str, key: str, now: float) -> str:
         "exp": int(now) + LIFETIME,
         "nbf": 0,  # QStash's own since September 2024
         "iat": int(now),
-        "jti": f"jwt_{secrets.token_hex(16)}",
+        # Unique, not secret; and no system call, of which a delivery makes few.
+        "jti": f"jwt_{random.getrandbits(128):032x}",
         "body": hash_body(body),
     }
-    payload = json.dumps(claims, separators=(",", ":")).encode()
-    return _JWS.encode(payload, key, algorithm="HS256")
+    if not is_usable_key(key):
+        raise SignatureError("key", f"a signing key has {SHORTEST_KEY} characters or more")
+    payload = _base64url(json.dumps(claims, separators=(",", ":")).encode())
+    signed = f"{_HS256}.{payload}".encode()
+    # The whole of JWS for one algorithm; PyJWT, which reads it, takes three times as long.
+    return f"{_HS256}.{payload}.{_base64url(hmac.digest(key.encode(), signed, 'sha256'))}"
+
+
+def _base64url(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+_HS256 = _base64url(b'{"alg":"HS256","typ":"JWT"}')
 
 
 def verify(
@@ -107,16 +121,16 @@ def verify_token(
         raise SignatureError("issuer", "the issuer is not Upstash")
     urls = {url} if isinstance(url, str) else set(url)
     if claims["sub"] not in urls:
-        raise SignatureError(
-            "subject", f"signed for {claims['sub']!r}, but what we published is {sorted(urls)!r}"
-        )
+        raise SignatureError("subject", _wrong_subject(claims["sub"], urls))
     issued_at, expires_at = claims.get("iat", claims["nbf"]), claims["exp"]
     if now > expires_at + leeway:
         raise SignatureError("expired", f"expired {now - expires_at:.0f} s ago")
     if expires_at > now + LONGEST_LIFETIME + leeway:
         raise SignatureError("claims", "claims to be valid for longer than 15 minutes")
     if max(claims["nbf"], issued_at) > now + leeway:
-        raise SignatureError("early", "not valid yet: is this machine's clock slow?")
+        wait = max(claims["nbf"], issued_at) - now
+        detail = f"not valid yet, for another {wait:.0f} s: is this machine's clock slow?"
+        raise SignatureError("early", detail)
     return Claims(claims["sub"], claims["body"], issued_at, expires_at, claims["jti"], key_index)
 
 
@@ -175,3 +189,89 @@ def _read_claims(payload: bytes) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is no number")
+
+
+# --- what differs between two URLs ---------------------------------------------------------------
+
+# Never refuses, unlike urlsplit: what was signed may be any text.
+_PARTS = re.compile(
+    r"(?:(?P<scheme>[^:/?#]*):)?"
+    r"(?://(?:[^/?#]*@)?(?P<host>\[[^\]/?#]*\]|[^:/?#]*)(?::(?P<port>[^/?#]*))?)?"
+    r"(?P<path>[^?#]*)(?:\?(?P<query>[^#]*))?(?P<fragment>#.*)?",
+    re.DOTALL,
+)
+_CREDENTIALS = re.compile(r"//[^/?#]*@")
+_LONGEST_SHOWN = 200
+
+
+class Difference(NamedTuple):
+    """A part in which two URLs differ, with what each of them has there."""
+
+    part: str
+    """``scheme``, ``host``, ``port``, ``path``, ``trailing slash``, ``query``, ``fragment`` or,
+    where it is none of these, ``spelling``."""
+    one: str
+    other: str
+
+
+def url_differences(one: str, other: str) -> list[Difference]:
+    """In which parts ``one`` differs from ``other``. Names and passwords in them are not told."""
+    if one == other:
+        return []
+    parts, others = _PARTS.fullmatch(one), _PARTS.fullmatch(other)
+    assert parts is not None  # any text has a path
+    assert others is not None
+    found = [
+        Difference(name, _shown(part), _shown(others[name]))
+        for name, part in parts.groupdict().items()
+        if part != others[name]
+    ]
+    path, other_path = parts["path"], others["path"]
+    if path != other_path and path.removesuffix("/") == other_path.removesuffix("/"):
+        slash = Difference("trailing slash", _with(path), _with(other_path))
+        found = [slash if each.part == "path" else each for each in found]
+    return found or [Difference("spelling", _shown(one), _shown(other))]
+
+
+def difference(signed_for: str, published: Collection[str]) -> str:
+    """In which parts the URL that was signed differs from the nearest of those we published:
+    ``scheme: signed for http, published https``. For logs; empty when it is one of them."""
+    if signed_for in published:
+        return ""
+    if not published:
+        return "nothing was published: no base URL is set"
+
+    def distance(url: str) -> tuple[int, float]:
+        likeness = SequenceMatcher(None, signed_for[:1000], url).ratio()
+        return len(url_differences(signed_for, url)), -likeness
+
+    nearest = min(sorted(published), key=distance)
+    return "; ".join(
+        f"{part}: signed for {one}, published {other}"
+        for part, one, other in url_differences(signed_for, nearest)
+    )
+
+
+def _wrong_subject(subject: str, urls: Collection[str]) -> str:
+    signed_for = _without_credentials(subject)
+    published = sorted(map(_without_credentials, urls))
+    return (
+        f"{difference(subject, urls)} "
+        f"(signed for {signed_for!r}, but what we published is {published!r})"
+    )
+
+
+def _with(path: str) -> str:
+    return "one with it" if path.endswith("/") else "one without it"
+
+
+def _without_credentials(url: str) -> str:
+    return _CREDENTIALS.sub("//…@", url)
+
+
+def _shown(part: str | None) -> str:
+    text = _without_credentials(part or "")
+    if len(text) > _LONGEST_SHOWN:
+        text = text[:_LONGEST_SHOWN] + "…"
+    # Into one line of a log, whatever it holds.
+    return (text if text.isprintable() else ascii(text)) or "none"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import replace
 from datetime import datetime
 
 from ..qstash import InvalidOption, Options
 from ..qstash import Message as WireMessage
 from ..qstash.message import HOSTED_LLM, check_destination
-from . import conf
+from . import conf, hosted_models
 from .destinations import refuse_literal_address
 from .exceptions import AddressRefused, Refusal
 
@@ -31,19 +31,35 @@ _UNDELIVERABLE = {
     "transfer-encoding",
     "upgrade",
     "user-agent",
+    "upstash-caller-ip",
+    "upstash-message-id",
+    "upstash-region",
+    "upstash-retried",
+    "upstash-schedule-id",
+    "upstash-signature",
+    "upstash-topic-name",
 }
 
 
-def deliverable(headers: Mapping[str, str]) -> dict[str, str]:
-    """A message's headers without the forwarded ones that must not be forwarded."""
-    return {name: value for name, value in headers.items() if _is_deliverable(name)}
+def deliverable(message: WireMessage) -> WireMessage:
+    """The message without the forwarded headers that must not be forwarded."""
+    options = _deliverable(message.options)
+    return message if options is message.options else replace(message, options=options)
 
 
-def _is_deliverable(name: str) -> bool:
-    _, is_forwarded, forwarded = name.lower().partition("-forward-")
-    if not is_forwarded:
-        return True
-    return forwarded not in _UNDELIVERABLE and not forwarded.startswith("upstash-")
+def _deliverable(options: Options) -> Options:
+    headers = {
+        name: value for name, value in options.headers.items() if name.lower() not in _UNDELIVERABLE
+    }
+    callback = options.callback and _deliverable(options.callback)
+    failure_callback = options.failure_callback and _deliverable(options.failure_callback)
+    if (
+        len(headers) == len(options.headers)
+        and callback is options.callback
+        and failure_callback is options.failure_callback
+    ):
+        return options
+    return replace(options, headers=headers, callback=callback, failure_callback=failure_callback)
 
 
 def check(message: WireMessage, *, now: datetime) -> None:
@@ -57,11 +73,13 @@ def check(message: WireMessage, *, now: datetime) -> None:
             _check_url(url, name)
     options = message.options
     _check_headers(options)
-    _check_quotas(message, now)
+    _check_retries(options)
+    check_delay(options, now=now)
     for callback in (options.callback, options.failure_callback):
         if callback is not None:
             _check_headers(callback)
             _check_retries(callback)
+            check_delay(callback, now=now)
     if message.queue and (options.delay is not None or options.not_before is not None):
         text = "a message in a queue cannot be delayed: its turn decides when it is delivered"
         raise Refusal(400, text)
@@ -71,16 +89,19 @@ def check(message: WireMessage, *, now: datetime) -> None:
 
 def _check_destination(message: WireMessage) -> None:
     if message.destination == HOSTED_LLM:
-        if not conf.current().hosted_models_url:
-            raise Refusal(
-                400,
-                "api/llm is not served here: set HOSTED_MODELS_URL in QSTASH_SERVER, or publish "
-                "to a provider's own URL",
-            )
+        hosted_models.check(message.body)
         return
     if not message.destination.lower().startswith(("http://", "https://")):
         raise Refusal(404, f"topic {message.destination} not found")
     _check_url(message.destination, "destination")
+
+
+def check_endpoint(url: str) -> None:
+    """Raise ``Refusal`` when a URL group's messages cannot go there."""
+    if not url.lower().startswith(("http://", "https://")):
+        text = "endpoint has invalid scheme, add http:// or https://"
+        raise Refusal(400, f"invalid endpoint url: {text}")
+    _check_url(url, "endpoint")
 
 
 def _check_url(url: str, name: str) -> None:
@@ -99,11 +120,10 @@ def _check_headers(options: Options) -> None:
         raise Refusal(400, f"more than {MOST_HEADERS} headers or {LARGEST_HEADERS} bytes of them")
 
 
-def _check_quotas(message: WireMessage, now: datetime) -> None:
-    _check_retries(message.options)
-    delay = message.options.delay or 0
-    if message.options.not_before is not None:
-        delay = (message.options.not_before - now).total_seconds()
+def check_delay(options: Options, *, now: datetime) -> None:
+    delay = options.delay or 0
+    if options.not_before is not None:
+        delay = (options.not_before - now).total_seconds()
     if delay > conf.current().max_delay:
         raise Refusal(412, "quota maxDelay exceeded")
 

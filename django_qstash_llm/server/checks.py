@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -8,8 +8,10 @@ from django.apps import AppConfig
 from django.conf import settings
 from django.core.checks import CheckMessage, Error
 
+from ..qstash.options import NAME
 from ..qstash.signing import SHORTEST_KEY, is_usable_key
 from . import conf
+from .destinations import problem_with_mapping
 from .exceptions import ConfigurationError
 
 
@@ -21,14 +23,50 @@ def check_settings(
     except ConfigurationError as error:
         return [Error(str(error), id="qstash_server.E003")]
     wrong: list[CheckMessage] = [*_unknown(given), *_mistyped(given), *_half(given)]
-    return wrong or _identity()
+    return wrong or [*_accounts(given), *_host_map(given)] or _identity()
+
+
+def _accounts(given: dict[str, Any]) -> Iterator[CheckMessage]:
+    tokens = [given[name] for name in ("TOKEN", "READ_ONLY_TOKEN") if given.get(name)]
+    for name, values in given.get("ACCOUNTS", {}).items():
+        where = f"QSTASH_SERVER['ACCOUNTS'][{name!r}]"
+        is_named = isinstance(name, str) and NAME.fullmatch(name) and len(name) <= 64
+        if not is_named or not isinstance(values, dict):
+            yield Error(
+                f"{where} is a name of 64 letters, digits, '_', '-', '.' at most, and a dictionary.",
+                id="qstash_server.E003",
+            )
+        elif wrong := sorted(map(str, set(values) - conf.ACCOUNT_KEYS)):
+            yield Error(
+                f"{where} has no {', '.join(wrong)}.",
+                hint=f"There are {', '.join(sorted(conf.ACCOUNT_KEYS))}.",
+                id="qstash_server.E004",
+            )
+        elif not all(isinstance(value, str) for value in values.values()) or not values.get(
+            "TOKEN"
+        ):
+            yield Error(f"{where} needs a TOKEN, and all are strings.", id="qstash_server.E003")
+        else:
+            yield from _half(values, where)
+            tokens += [values[key] for key in ("TOKEN", "READ_ONLY_TOKEN") if values.get(key)]
+    if len(tokens) != len(set(tokens)):
+        yield Error(
+            "QSTASH_SERVER gives one token to two: whose data it opens would be anybody's guess.",
+            id="qstash_server.E003",
+        )
+
+
+def _host_map(given: dict[str, Any]) -> Iterator[CheckMessage]:
+    for host, base in given.get("HOST_MAP", {}).items():
+        if problem := problem_with_mapping(host, base):
+            yield Error(f"QSTASH_SERVER['HOST_MAP']: {problem}.", id="qstash_server.E003")
 
 
 def _identity() -> list[CheckMessage]:
     current = conf.current()
     if settings.DEBUG:
         return []
-    if not current.token:
+    if not any(account.token for account in current.known_accounts):
         return [
             Error(
                 "The QStash server has no token, so it answers every call with 401.",
@@ -37,8 +75,17 @@ def _identity() -> list[CheckMessage]:
                 id="qstash_server.E001",
             )
         ]
-    public = {conf.DEVELOPMENT_TOKEN, conf.DEVELOPMENT_KEYS.current, conf.DEVELOPMENT_KEYS.next}
-    if public & {current.token, current.current_signing_key, current.next_signing_key}:
+    used = {
+        value
+        for account in current.known_accounts
+        for value in (
+            account.token,
+            account.read_only_token,
+            account.current_signing_key,
+            account.next_signing_key,
+        )
+    }
+    if used & conf.PUBLIC_SECRETS:
         return [
             Error(
                 "The QStash server answers to the public development token or signs with its "
@@ -63,14 +110,14 @@ def _unknown(given: dict[str, Any]) -> list[Error]:
     ]
 
 
-def _half(given: dict[str, Any]) -> list[Error]:
+def _half(given: dict[str, Any], where: str = "QSTASH_SERVER") -> list[Error]:
     """One signing key is none: the server would make two of its own."""
     keys = [given.get("CURRENT_SIGNING_KEY"), given.get("NEXT_SIGNING_KEY")]
     if not any(keys) or all(map(is_usable_key, keys)):
         return []
     return [
         Error(
-            "QSTASH_SERVER needs CURRENT_SIGNING_KEY and NEXT_SIGNING_KEY, both of "
+            f"{where} needs CURRENT_SIGNING_KEY and NEXT_SIGNING_KEY, both of "
             f"{SHORTEST_KEY} characters or more, or neither.",
             id="qstash_server.E003",
         )

@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 from django.conf import settings
@@ -21,22 +22,78 @@ NAME = "QSTASH_SERVER"
 MINUTE, HOUR, DAY = 60, 3600, 86_400
 MEGABYTE = 1024 * 1024
 
+
+@dataclass(frozen=True, kw_only=True)
+class Account:
+    """Whose data it is. What one account publishes, no other sees."""
+
+    name: str = ""
+    """Empty for the account that the settings' own ``TOKEN`` is of."""
+    token: str = field(default="", repr=False)
+    read_only_token: str = field(default="", repr=False)
+    current_signing_key: str = field(default="", repr=False)
+    next_signing_key: str = field(default="", repr=False)
+
+    @property
+    def keys(self) -> Keys | None:
+        if self.current_signing_key and self.next_signing_key:
+            return Keys(self.current_signing_key, self.next_signing_key)
+        return None
+
+
 # Known to the whole world: what every QStash development server answers to.
-DEVELOPMENT_TOKEN = "eyJVc2VySUQiOiJkZWZhdWx0VXNlciIsIlBhc3N3b3JkIjoiZGVmYXVsdFBhc3N3b3JkIn0="  # noqa: S105
-DEVELOPMENT_KEYS = Keys("sig_7kYjw48mhY7kAjqNGcy6cr29RJ6r", "sig_5ZB6DVzB1wjE8S6rZ7eenA8Pdnhs")
+DEVELOPMENT_ACCOUNTS = (
+    Account(
+        token="eyJVc2VySUQiOiJkZWZhdWx0VXNlciIsIlBhc3N3b3JkIjoiZGVmYXVsdFBhc3N3b3JkIn0=",
+        current_signing_key="sig_7kYjw48mhY7kAjqNGcy6cr29RJ6r",
+        next_signing_key="sig_5ZB6DVzB1wjE8S6rZ7eenA8Pdnhs",
+    ),
+    Account(
+        name="testUser1",
+        token="eyJVc2VySUQiOiJ0ZXN0VXNlcjEiLCJQYXNzd29yZCI6InRlc3RQYXNzd29yZCJ9",
+        current_signing_key="sig_7GVPjvuwsfqF65iC8fSrs1dfYruM",
+        next_signing_key="sig_5NoELc3EFnZn4DVS5bDs2Nk4b7Ua",
+    ),
+    Account(
+        name="testUser2",
+        token="eyJVc2VySUQiOiJ0ZXN0VXNlcjIiLCJQYXNzd29yZCI6InRlc3RQYXNzd29yZCJ9",
+        current_signing_key="sig_6jWGaWRxHsw4vMSPJprXadyvrybF",
+        next_signing_key="sig_7qHbvhmahe5GwfePDiS5Lg3pi6Qx",
+    ),
+    Account(
+        name="testUser3",
+        token="eyJVc2VySUQiOiJ0ZXN0VXNlcjMiLCJQYXNzd29yZCI6InRlc3RQYXNzd29yZCJ9",
+        current_signing_key="sig_5T8FcSsynBjn9mMLBsXhpacRovJf",
+        next_signing_key="sig_7GFR4YaDshFcqsxWRZpRB161jguD",
+    ),
+)
+DEVELOPMENT_TOKEN = DEVELOPMENT_ACCOUNTS[0].token
+DEVELOPMENT_KEYS = Keys(
+    DEVELOPMENT_ACCOUNTS[0].current_signing_key, DEVELOPMENT_ACCOUNTS[0].next_signing_key
+)
+PUBLIC_SECRETS = frozenset(
+    secret
+    for account in DEVELOPMENT_ACCOUNTS
+    for secret in (account.token, account.current_signing_key, account.next_signing_key)
+)
+ACCOUNT_KEYS = {field.name.upper() for field in fields(Account)} - {"NAME"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
     token: str = field(default="", repr=False)
     """What callers must present. Under ``DEBUG`` the well-known development token."""
+    read_only_token: str = field(default="", repr=False)
+    """For those who may look and not touch."""
     current_signing_key: str = field(default="", repr=False)
     """Left out, keys are made once and kept in the database (``GET /v2/keys`` tells them)."""
     next_signing_key: str = field(default="", repr=False)
+    accounts: Mapping[str, Mapping[str, str]] = field(default_factory=dict, repr=False, hash=False)
+    """More of them: name -> the four above, in capitals. Their data is kept apart."""
     region: str = "EU-CENTRAL-1"
     """What ``Upstash-Region`` says."""
 
-    max_retries: int | None = None
+    max_retries: int | None = 100
     """More are answered 412. None is no limit."""
     max_body: int = 10 * MEGABYTE
     """Bytes of a message (413 above it), and where a destination's response is cut."""
@@ -57,15 +114,24 @@ class ServerSettings:
     hosted_models_url: str = ""
     """The OpenAI-compatible base URL that answers the destination ``api/llm``."""
     hosted_models_key: str = field(default="", repr=False)
+    hosted_models: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """Model as it is asked for -> what the upstream calls it. Given, no others are taken; left
+    out, every name is handed on as it is."""
+    host_map: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """Host -> base URL that is called in its place; ``*`` is every host. For development: message,
+    signature and logs keep the public name."""
 
     engine: str = "celery"
     """Who is rung when something is to be delivered and no engine runs in this process:
     ``celery`` sends the task ``qstash_server.deliver``; ``thread`` rings nobody, for sites where
     an engine of its own (``manage.py qstash_server``) polls."""
-    concurrency: int = 64
+    concurrency: int = 1000
     """Deliveries in flight per engine."""
     lease: float = 30.0
     """Seconds after which a message whose engine gave no sign of life is delivered again."""
+    grace: float = 25.0
+    """Seconds that what is in flight has to finish in when an engine is stopped. What has not is
+    delivered again by another: a call that was paid for is paid for twice."""
     poll: float = 0.5
     """Seconds between an engine's looks at the database when nobody rings."""
     transport: Any = None
@@ -76,11 +142,24 @@ class ServerSettings:
     dead_letter_retention: int = 14 * DAY
     log_retention: int = 14 * DAY
 
-    @property
-    def keys(self) -> Keys | None:
-        if self.current_signing_key and self.next_signing_key:
-            return Keys(self.current_signing_key, self.next_signing_key)
-        return None
+    @cached_property
+    def known_accounts(self) -> tuple[Account, ...]:
+        own = Account(
+            token=self.token,
+            read_only_token=self.read_only_token,
+            current_signing_key=self.current_signing_key,
+            next_signing_key=self.next_signing_key,
+        )
+        others = (
+            Account(name=name, **{key.lower(): value for key, value in values.items()})
+            for name, values in self.accounts.items()
+        )
+        return (own, *others)
+
+    def keys_of(self, account: str) -> Keys | None:
+        """The signing keys that the settings give an account."""
+        keys = next((each.keys for each in self.known_accounts if each.name == account), None)
+        return keys if keys and are_believed(keys.current, keys.next) else None
 
     def make_transport(self) -> Any:
         transport = self.transport
@@ -109,11 +188,30 @@ def current() -> ServerSettings:
     return ServerSettings(**(values | _overrides))
 
 
+def are_believed(*secrets: str) -> bool:
+    """Whether these tokens or keys count. Those that everybody knows do so under ``DEBUG`` and
+    where a command line gives the identity, and nowhere else: no WSGI server runs the system
+    check that would say so."""
+    is_development = settings.DEBUG or "token" in _overrides
+    return is_development or not PUBLIC_SECRETS.intersection(secrets)
+
+
 def development_identity() -> dict[str, Any]:
+    """The well-known token and keys, and beside them the accounts that SDKs' suites use."""
+    own, *others = DEVELOPMENT_ACCOUNTS
+    return _settings_of(own) | {
+        "accounts": {
+            other.name: {key.upper(): value for key, value in _settings_of(other).items()}
+            for other in others
+        }
+    }
+
+
+def _settings_of(account: Account) -> dict[str, str]:
     return {
-        "token": DEVELOPMENT_TOKEN,
-        "current_signing_key": DEVELOPMENT_KEYS.current,
-        "next_signing_key": DEVELOPMENT_KEYS.next,
+        "token": account.token,
+        "current_signing_key": account.current_signing_key,
+        "next_signing_key": account.next_signing_key,
     }
 
 
@@ -141,8 +239,10 @@ def _forget(*, setting: str, **kwargs: Any) -> None:
 def expected_type(name: str) -> type | tuple[type, ...]:
     """What a value of the setting ``name`` must be, going by its default."""
     default = KNOWN[name].default
+    if name in {"ACCOUNTS", "HOSTED_MODELS", "HOST_MAP"}:
+        return dict
     if default is MISSING or name == "TRANSPORT":
         return object
-    if default is None:
+    if name == "MAX_RETRIES":
         return (int, type(None))
     return (int, float) if isinstance(default, float) else type(default)

@@ -16,6 +16,7 @@ from django.db.models.functions import Concat
 from django.db.models.lookups import Contains
 
 from .exceptions import Refusal
+from .models.chunks import within
 
 if TYPE_CHECKING:
     from django.http import QueryDict
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound=Model)
 Rows = TypeVar("Rows", bound=QuerySet[Any])
 Build = Callable[[list[str]], Q]
+
+MOST_BYTES = 16 * 1024 * 1024
+"""Of bodies that one page shows, and what is over this of the last of them."""
+MOST_VALUES = 200
+"""Of one filter. Each may be a term of the query, which databases take a thousand of."""
 
 _TAKES_COMMAS = {"url", "path"}
 _SERVICE = {"cursor", "count", "order", "qstash_token"}
@@ -94,17 +100,12 @@ def _states(values: list[str]) -> Q:
     return Q(state__in=states)
 
 
-def _nothing(values: list[str]) -> Q:
-    """URL groups and schedules: no message has one."""
-    return Q(pk__in=[])
-
-
-def _message_filters(prefix: str = "", queue: str = "queue__name") -> dict[str, Build]:
+def _message_filters(prefix: str = "") -> dict[str, Build]:
     return {
         "url": _one_of(f"{prefix}url"),
-        "queueName": _one_of(f"{prefix}{queue}"),
-        "topicName": _nothing,
-        "scheduleId": _nothing,
+        "queueName": _one_of(f"{prefix}queue__name"),
+        "topicName": _one_of(f"{prefix}topic_name"),
+        "scheduleId": _one_of(f"{prefix}schedule_id"),
         "callerIp": _one_of(f"{prefix}caller_ip"),
         "callerIP": _one_of(f"{prefix}caller_ip"),
         "label": _labelled(f"{prefix}labels"),
@@ -124,12 +125,12 @@ DEAD_LETTERS = _message_filters("message__") | {
     "fromDate": _from("created_at"),
     "toDate": _to("created_at"),
 }
-LOGS = _message_filters(queue="queue_name") | {
-    "messageId": _one_of("message_id"),
-    "messageIds": _one_of("message_id"),
+LOGS = _message_filters("message__") | {
+    "messageId": _one_of("message__message_id"),
+    "messageIds": _one_of("message__message_id"),
     "state": _states,
-    "host": _host("url"),
-    "path": _path("url"),
+    "host": _host("message__url"),
+    "path": _path("message__url"),
     "fromDate": _from("time"),
     "toDate": _to("time"),
 }
@@ -159,6 +160,8 @@ def values_of(query: QueryDict, name: str) -> list[str]:
         values = [part.strip() for value in values for part in value.split(",")]
     if not values or not all(values):
         raise Refusal(400, f"{name} is empty")
+    if len(values) > MOST_VALUES:
+        raise Refusal(400, f"{name} has more than {MOST_VALUES} values: give them in several calls")
     if any("\x00" in value for value in values):
         raise Refusal(400, f"{name} holds what no value can")
     return values
@@ -171,29 +174,63 @@ def count_of(query: QueryDict, *, default: int, most: int) -> int:
 
 
 def page_of(
-    rows: QuerySet[M], query: QueryDict, *, count: int, newest_first: bool
+    rows: QuerySet[M],
+    query: QueryDict,
+    *,
+    count: int,
+    newest_first: bool,
+    size: Callable[[M], int] | None = None,
 ) -> tuple[list[M], str]:
-    """The rows after the cursor, and the cursor after them: empty at the end."""
+    """The rows after the cursor, and the cursor after them: empty at the end.
+
+    With their ``size``, the page ends when it is full of bytes.
+    """
     order = query.get("order", "latestFirst" if newest_first else "earliestFirst")
     if order not in {"latestFirst", "earliestFirst"}:
         raise Refusal(400, f"invalid order {order}")
     is_descending = order == "latestFirst"
     if cursor := query.get("cursor"):
-        if not (match := re.fullmatch(r"[0-9]{1,15}-([0-9]{1,18})", cursor, re.ASCII)):
-            raise Refusal(400, "invalid cursor")
-        last = int(match[1])
-        rows = rows.filter(**{"pk__lt" if is_descending else "pk__gt": last})
+        rows = rows.filter(_beyond(cursor, _moment_of(rows.model), is_descending=is_descending))
     found = list(rows.order_by("-pk" if is_descending else "pk")[: count + 1])
     page = found[:count]
-    return page, _cursor(page[-1]) if len(found) > count else ""
+    if size is not None:
+        page = within(page, MOST_BYTES, size=size)
+    return page, _cursor(page[-1]) if len(found) > len(page) else ""
 
 
 def _cursor(row: Any) -> str:
-    moment: datetime = getattr(row, "time", None) or row.created_at
+    moment: datetime = getattr(row, _moment_of(type(row)))
     return f"{round(moment.timestamp() * 1000)}-{row.pk}"
+
+
+def _beyond(cursor: str, moment: str, *, is_descending: bool) -> Q:
+    """What comes after a cursor of ours, or after unix milliseconds: QStash's own clients are
+    documented to begin with ``Date.now()``."""
+    if match := re.fullmatch(r"[0-9]{1,15}-([0-9]{1,18})", cursor, re.ASCII):
+        return Q(**{"pk__lt" if is_descending else "pk__gt": int(match[1])})
+    if not re.fullmatch(r"[0-9]{1,15}", cursor, re.ASCII):
+        raise Refusal(400, "invalid cursor")
+    return (_to if is_descending else _from)(moment)([cursor])
+
+
+def _moment_of(model: type[Any]) -> str:
+    return "time" if hasattr(model, "time") else "created_at"
 
 
 def _integer(text: str, name: str, least: int, most: int) -> int:
     if not re.fullmatch(r"-?[0-9]{1,19}", text, re.ASCII) or not least <= int(text) <= most:
         raise Refusal(400, f"invalid {name} {text[:40]}: not a whole number from {least} to {most}")
     return int(text)
+
+
+def integer_of(query: QueryDict, name: str, *, least: int, most: int) -> int | None:
+    """A parameter that is a whole number; None when it is not there."""
+    return _integer(str(query[name]), name, least, most) if name in query else None
+
+
+def truth_of(query: QueryDict, name: str) -> bool:
+    """A parameter that is ``true`` or ``false``; false when it is not there."""
+    value = str(query.get(name, "false")).lower()
+    if value not in {"true", "false", "1", "0"}:
+        raise Refusal(400, f"invalid {name} {value[:40]}: not true or false")
+    return value in {"true", "1"}

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import socket
 import socketserver
 import sys
 import threading
-from collections.abc import Callable
+import time
+from http import HTTPStatus
 from typing import Any, Self
 
 from django.core.handlers.exception import convert_exception_to_response
@@ -20,9 +22,17 @@ from django.core.servers.basehttp import ThreadedWSGIServer, WSGIRequestHandler
 from django.http import HttpRequest, HttpResponse
 from django.http.response import HttpResponseBase
 
+from . import console
 from .delivery import Engine
+from .page import QUIET_PATHS
 
 logger = logging.getLogger(__name__)
+
+LONGEST_CONTENT_TYPE = 1000
+
+
+def _log(event: console.Event) -> None:
+    logger.info(console.as_line(event))
 
 
 class Server:
@@ -34,14 +44,15 @@ class Server:
         port: int = 0,
         *,
         engine: Engine | None = None,
-        say: Callable[[str], None] = logger.info,
-        is_json: bool = False,
+        say: console.Say = _log,
     ) -> None:
-        """``port`` 0 takes a free one. ``say`` gets a line per request, as JSON if asked."""
-        self.engine = engine or Engine()
+        """``port`` 0 takes a free one. ``say`` gets an event for each request and, unless the
+        engine is given, each attempt; from several threads."""
         self._stop = threading.Event()
+        # First: a port that is taken must leave no engine open.
         self._http = _HttpServer((host, port), _Connection, ipv6=":" in host)
-        self._http.say, self._http.is_json = say, is_json
+        self._http.say = say
+        self.engine = engine or Engine(say=say)
         self._http.set_app(_Application())
         self._threads = [
             threading.Thread(target=self._http.serve_forever, args=(0.1,), name="qstash-http"),
@@ -80,8 +91,17 @@ class _Application(WSGIHandler):
         self._exception_middleware: list[Any] = []
         self._middleware_chain = convert_exception_to_response(self._get_response)  # type: ignore[attr-defined]
 
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
+        if len(environ["CONTENT_TYPE"]) <= LONGEST_CONTENT_TYPE:
+            return super().__call__(environ, start_response)
+        # Django makes no request of it, and so no answer.
+        body = json.dumps({"error": "the Content-Type is too long"}).encode()
+        headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
+        start_response("400 Bad Request", headers)
+        return [body]
+
     def get_response(self, request: HttpRequest) -> HttpResponseBase:
-        request.urlconf = "django_qstash_llm.server.urls"
+        request.urlconf = "django_qstash_llm.server.serving_urls"
         response = super().get_response(request)
         if isinstance(response, HttpResponse) and not response.has_header("Content-Length"):
             # Without it the connection could not be kept.
@@ -90,8 +110,7 @@ class _Application(WSGIHandler):
 
 
 class _HttpServer(ThreadedWSGIServer):
-    say: Callable[[str], None]
-    is_json = False
+    say: console.Say
     request_queue_size = 512
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -138,19 +157,48 @@ class _Connection(WSGIRequestHandler):
     # A kept connection that says nothing for this long is closed.
     timeout = 120
 
+    def handle_one_request(self) -> None:
+        super().handle_one_request()
+        # What has no body, and what is refused before it is ours, is written and not sent.
+        self.wfile.flush()
+        headers = getattr(self, "headers", {})
+        length = headers.get("Content-Length", "0")
+        if "Transfer-Encoding" in headers or not re.fullmatch("[0-9]{1,18}", length):
+            # Where that body ends nobody knows, and the rest of it is no request.
+            self.close_connection = True
+
+    def parse_request(self) -> bool:
+        # Not from when the connection was ready: it may have been kept for long.
+        self._began = time.monotonic()
+        return super().parse_request()
+
+    _began = 0.0
+
     def get_environ(self) -> dict[str, Any]:
         environ: dict[str, Any] = super().get_environ()
         # PATH_INFO is decoded, and a destination must not be.
         environ["RAW_URI"] = self.path
+        # Nor is a message text because nobody said what it is.
+        environ["CONTENT_TYPE"] = self.headers.get("Content-Type", "")
+        # Two of them are one that is refused: who believes which is how requests are smuggled.
+        environ["CONTENT_LENGTH"] = ", ".join(self.headers.get_all("Content-Length", []))
         return environ
 
-    def log_message(self, format: str, *args: Any) -> None:
-        line, status = str(args[0]), str(args[1]) if len(args) > 1 else ""
-        method, _, rest = line.partition(" ")
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        method, _, rest = self.requestline.partition(" ")
         # Without its query: it may hold the token.
         path = rest.rpartition(" ")[0].partition("?")[0]
-        if self.server.is_json:
-            line = json.dumps({"method": method, "path": path, "status": status})
-        else:
-            line = f"{method} {path} {status}"
-        self.server.say(line)
+        if path in QUIET_PATHS:
+            return
+        self.server.say(
+            {
+                "event": "request",
+                "method": method,
+                "path": path,
+                "status": int(code.value if isinstance(code, HTTPStatus) else code),
+                "seconds": time.monotonic() - self._began if self._began else 0.0,
+            }
+        )
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """What is wrong with a request is answered, and said with its status above."""

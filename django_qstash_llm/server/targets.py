@@ -14,6 +14,8 @@ from urllib.parse import quote, unquote, unquote_plus, urlsplit
 
 from django.http import HttpRequest
 
+from ..qstash.options import read_bool
+
 # Not the percent sign: in a decoded path it stands for itself. The backslash stays, to be refused.
 _SAFE = "/:@!$&'()*+,;=~[]\\"
 # Never handed on under Upstash-Header-Forward: ours, or about this very connection.
@@ -48,10 +50,13 @@ class Target(NamedTuple):
 
     @property
     def destination(self) -> str:
-        """The URL, with its own query: what is left of ours without our parameters."""
-        kept = [pair for pair in self.query.split("&") if pair and not _is_ours(pair)]
+        """The URL, with its own query: what is left of ours without our parameters. A name has
+        none."""
         # Proxies that merge slashes make https:/host of it.
         path = re.sub(r"^(https?):/(?!/)", r"\1://", self.rest, flags=re.IGNORECASE)
+        if not path.lower().startswith(("http://", "https://")):
+            return path
+        kept = [pair for pair in self.query.split("&") if pair and not _is_ours(pair)]
         return f"{path}?{'&'.join(kept)}" if kept else path
 
     @property
@@ -95,11 +100,17 @@ def _ascii(text: str) -> str:
     return re.sub(r"[^\x00-\x7f]", lambda match: quote(match[0].encode("latin-1", "replace")), text)
 
 
-def headers_of(request: HttpRequest, target: Target) -> dict[str, str]:
-    """The publish's headers in lower case, with what the query says where no header does."""
+def headers_of(
+    request: HttpRequest, target: Target, defaults: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """The publish's headers in lower case, with what the query says where no header does, and
+    ``defaults`` where neither does."""
     sent = {name.lower(): value for name, value in request.headers.items()}
-    headers = target.options | sent
-    if headers.get("upstash-header-forward", "").lower() in {"1", "t", "true"}:
+    if not sent.get("content-type"):
+        sent.pop("content-type", None)
+    headers = {**(defaults or {}), **target.options, **sent}
+    asked = headers.get("upstash-header-forward", "").strip()
+    if asked and read_bool(asked, "Upstash-Header-Forward"):
         headers = _forwarding_all(sent) | headers
     return headers
 

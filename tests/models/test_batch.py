@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from typing import Any
 
 import pytest
 from django.contrib.auth.models import AnonymousUser, Group, User
+from django.db import connection
 from django.test import override_settings
 
-from django_qstash_llm.exceptions import ConfigurationError, InvalidRequest
+from django_qstash_llm.exceptions import ConfigurationError, IllegalState, InvalidRequest
 from django_qstash_llm.models import Batch, LLMRequest
 from django_qstash_llm.models.outbox import Outbox
+from django_qstash_llm.models.request import State
 from tests.wire import FakeQStash
 
 pytestmark = pytest.mark.django_db
@@ -160,3 +165,169 @@ def test_progress_and_cost_are_derived_from_the_items() -> None:
 def test_many_items_take_few_queries(django_assert_max_num_queries: Any) -> None:
     with django_assert_max_num_queries(40):
         Batch.objects.submit(items(300))
+
+
+# --- retry failed only -------------------------------------------------------------------------
+
+
+def batch_of(*states: State, **shared: Any) -> Batch:
+    batch = Batch.objects.submit(items(len(states)), **shared)
+    for row, state in zip(batch.llm_requests.order_by("id"), states, strict=True):
+        end(row, state)
+    return batch
+
+
+def end(row: LLMRequest, state: State) -> None:
+    LLMRequest.objects.filter(pk=row.pk).update(state=state)
+
+
+def counted(batch: Batch) -> dict[str, int]:
+    return {state: number for state, number in batch.counts().items() if number}
+
+
+FAILED, COMPLETED, CANCELLED = State.FAILED, State.COMPLETED, State.CANCELLED
+
+
+def test_only_what_failed_is_asked_again_each_as_a_child_in_the_same_batch() -> None:
+    batch = batch_of(*[FAILED] * 3, *[COMPLETED] * 5, CANCELLED, State.SUBMITTED, tenant="acme")
+    failed = list(batch.llm_requests.failed().order_by("id"))
+    again = batch.resubmit_failed()
+    assert [row.resubmission_of for row in again] == failed
+    stored = LLMRequest.objects.filter(pk__in=[row.pk for row in again]).order_by("id")
+    assert [(row.state, row.batch, row.tenant, row.messages) for row in stored] == [
+        ("pending", batch, "acme", MESSAGES)
+    ] * 3
+
+
+def test_second_click_asks_nothing_more() -> None:
+    batch = batch_of(*[FAILED] * 3, *[COMPLETED] * 7)
+    assert len(batch.resubmit_failed()) == 3
+    assert batch.resubmit_failed() == []
+    assert Batch.objects.get().resubmit_failed() == []
+    assert LLMRequest.objects.count() == 13
+
+
+@pytest.mark.parametrize("became", [State.PENDING, State.SUBMITTED, COMPLETED])
+def test_what_is_being_asked_again_or_was_answered_is_left_alone(became: State) -> None:
+    batch = batch_of(FAILED)
+    end(batch.llm_requests.get().resubmit(), became)
+    assert batch.resubmit_failed() == []
+
+
+def test_resubmission_that_failed_too_is_asked_again_and_not_its_original() -> None:
+    batch = batch_of(FAILED, FAILED)
+    for row in (again := batch.resubmit_failed()):
+        end(row, FAILED)
+    assert [row.resubmission_of for row in batch.resubmit_failed()] == again
+    assert counted(batch) == {"pending": 2}
+
+
+def test_resubmission_that_was_cancelled_is_as_if_it_had_never_been() -> None:
+    batch = batch_of(FAILED, COMPLETED)
+    (again,) = batch.resubmit_failed()
+    end(again, CANCELLED)
+    assert counted(batch) == {"failed": 1, "completed": 1}
+    (once_more,) = batch.resubmit_failed()
+    assert once_more.resubmission_of == again.resubmission_of
+    assert counted(batch) == {"pending": 1, "completed": 1}
+
+
+def test_of_two_resubmissions_the_newest_stands_for_the_item() -> None:
+    batch = batch_of(FAILED)
+    original = batch.llm_requests.get()
+    end(original.resubmit(), FAILED)
+    end(original.resubmit(), COMPLETED)
+    assert counted(batch) == {"completed": 1}
+    assert batch.resubmit_failed() == []
+
+
+@pytest.mark.parametrize("first", [FAILED, CANCELLED])
+@pytest.mark.parametrize("second", [FAILED, CANCELLED, COMPLETED, State.SUBMITTED])
+def test_every_item_is_counted_once_whatever_became_of_it(first: State, second: State) -> None:
+    batch = batch_of(first, COMPLETED, FAILED)
+    end(batch.llm_requests.order_by("id")[0].resubmit(), second)
+    assert sum(batch.counts().values()) == 3
+
+
+def test_progress_is_counted_by_item_and_cost_by_every_time_it_was_asked() -> None:
+    batch = batch_of(FAILED, COMPLETED)
+    LLMRequest.objects.update(cost=Decimal("0.25"))
+    (again,) = batch.resubmit_failed()
+    assert (counted(batch), batch.is_finished) == ({"pending": 1, "completed": 1}, False)
+    LLMRequest.objects.filter(pk=again.pk).update(state=COMPLETED, cost=Decimal("0.5"))
+    assert (counted(batch), batch.is_finished) == ({"completed": 2}, True)
+    assert batch.cost() == Decimal("1.0")
+
+
+def test_what_failed_elsewhere_is_not_touched() -> None:
+    batch_of(FAILED)
+    assert Batch.objects.create().resubmit_failed() == []
+    assert LLMRequest.objects.count() == 1
+
+
+def test_what_cannot_be_asked_any_more_is_logged_and_the_others_are_asked(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    batch = batch_of(FAILED, FAILED, FAILED)
+    gone, forgotten, good = batch.llm_requests.order_by("id")
+    LLMRequest.objects.filter(pk=gone.pk).update(provider="gone")
+    LLMRequest.objects.filter(pk=forgotten.pk).update(
+        forgotten_at=forgotten.created_at, messages=[]
+    )
+    assert [row.resubmission_of for row in batch.resubmit_failed()] == [good]
+    assert f"{gone.uuid} cannot be asked again" in caplog.text
+    assert counted(batch) == {"failed": 2, "pending": 1}
+
+
+def test_request_that_is_being_asked_again_by_the_batch_is_not_by_itself() -> None:
+    batch = batch_of(FAILED)
+    original = batch.llm_requests.get()
+    (again,) = batch.resubmit_failed()
+    with pytest.raises(IllegalState, match=str(again.uuid)):
+        original.resubmit()
+
+
+@override_settings(QSTASH_TOKEN="")
+def test_nothing_is_asked_again_without_a_token() -> None:
+    batch = Batch.objects.create()
+    with pytest.raises(ConfigurationError, match="QSTASH_TOKEN"):
+        batch.resubmit_failed()
+
+
+@pytest.mark.django_db(transaction=True)
+def test_what_failed_leaves_again_in_one_call(qstash: FakeQStash) -> None:
+    batch = batch_of(FAILED, FAILED, FAILED, COMPLETED)
+    del qstash.calls[:]
+    batch.resubmit_failed()
+    assert qstash.calls == ["POST /v2/batch"]
+    assert counted(batch) == {"submitted": 3, "completed": 1}
+
+
+@pytest.mark.django_db(transaction=True)
+def test_two_clicks_at_the_same_time_ask_once(qstash: FakeQStash) -> None:
+    batch = batch_of(*[FAILED] * 20)
+    outcomes = at_once(lambda: len(Batch.objects.get(pk=batch.pk).resubmit_failed()), times=3)
+    assert sorted(outcomes) == [0, 0, 20]
+    assert LLMRequest.objects.count() == 40
+
+
+def at_once(verb: Callable[[], int], *, times: int) -> list[int]:
+    barrier = threading.Barrier(times)
+
+    def run(_: int) -> int:
+        try:
+            barrier.wait(timeout=20)
+            return verb()
+        finally:
+            connection.close()
+
+    with ThreadPoolExecutor(times) as pool:
+        return list(pool.map(run, range(times)))
+
+
+def test_many_failures_take_few_queries(django_assert_max_num_queries: Any) -> None:
+    batch = batch_of(*[FAILED] * 600)
+    with django_assert_max_num_queries(60):
+        assert len(batch.resubmit_failed()) == 600
+    with django_assert_max_num_queries(1):
+        assert counted(batch) == {"pending": 600}

@@ -7,18 +7,22 @@ import json
 import random
 import threading
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from decimal import Decimal
 from typing import Any
 
 import pytest
 from django.conf import settings
-from django.db import connections, transaction
+from django.db import DataError, connection, connections, transaction
 from django.test import Client
 from django.utils import timezone
 
+from django_qstash_llm.exceptions import IllegalState
 from django_qstash_llm.models import CallbackResponse, LLMRequest
-from django_qstash_llm.models.callback import CallbackResponseQuerySet
+from django_qstash_llm.models.callback import MOST_APPLY_TRIES, CallbackResponseQuerySet
+from django_qstash_llm.models.forgetting import digest_of
 from django_qstash_llm.qstash import Callback, sign
 from tests.conftest import ANSWER
 from tests.wire import FakeQStash
@@ -130,6 +134,46 @@ def test_last_failed_attempt_fails_the_request_with_the_providers_words(
     assert row.error == "Busy (after 4 attempts)"
 
 
+def without(name: str, callback: Callback) -> bytes:
+    """The envelope of ``callback``, had QStash left out this field."""
+    envelope = json.loads(callback.to_json())
+    del envelope[name]
+    return json.dumps(envelope).encode()
+
+
+def test_attempt_that_does_not_say_how_many_follow_is_one_of_those_we_asked_for(
+    qstash: FakeQStash, post_callback: Post
+) -> None:
+    row = ask(retries=2)
+    states = []
+    for number in (1, 2, 3):
+        post_callback(row, without("maxRetries", attempt(number)))
+        # And so it is when it is read again.
+        CallbackResponse.objects.get(retried=number - 1).apply_again()
+        states.append(LLMRequest.objects.get().state)
+    assert states == ["submitted", "submitted", "failed"]
+    assert set(CallbackResponse.objects.values_list("max_retries", flat=True)) == {2}
+
+
+def test_attempt_of_a_request_that_named_no_retries_is_the_last_when_qstash_says_so(
+    llm_request: LLMRequest, post_callback: Post
+) -> None:
+    LLMRequest.objects.update(retries=None)
+    post_callback(llm_request, without("maxRetries", attempt(9)))
+    CallbackResponse.objects.get().apply_again()
+    assert LLMRequest.objects.get().state == "submitted"
+    post_callback(llm_request, without("maxRetries", attempt(9, dlq_id="dlq_1")))
+    assert LLMRequest.objects.get().state == "failed"
+
+
+def test_fields_that_are_given_twice_are_noted(
+    llm_request: LLMRequest, post_callback: Post
+) -> None:
+    post_callback(llm_request, b'{"status":500,' + told().to_json()[1:])
+    assert LLMRequest.objects.get().state == "completed"
+    assert CallbackResponse.objects.get().problem == "status is given more than once"
+
+
 @pytest.mark.parametrize(
     ("changed", "code", "error"),
     [
@@ -222,6 +266,62 @@ def test_wrong_price_loses_no_answer(
     assert row.cost_source != "setting"
 
 
+LOCAL = {"API_KEY": "lm-studio", "BASE_URL": "http://localhost:1234/v1"}
+
+
+def provided(settings: Any, **provider: str) -> None:
+    providers = settings.QSTASH_LLM["PROVIDERS"] | {"local": LOCAL | provider}
+    settings.QSTASH_LLM = settings.QSTASH_LLM | {"PROVIDERS": providers}
+
+
+def test_answer_is_kept_word_for_word_though_a_key_is_a_word_of_it(
+    llm_request: LLMRequest, post_callback: Post, settings: Any
+) -> None:
+    provided(settings)
+    body = DONE.replace(b"Forty-two.", b"Install lm-studio first.")
+    post_callback(llm_request, told(body=body))
+    assert LLMRequest.objects.get().completion == "Install lm-studio first."
+    assert bytes(CallbackResponse.objects.get().body) == body
+
+
+def test_answer_is_read_as_it_came_though_a_key_is_a_part_of_its_numbers(
+    llm_request: LLMRequest, post_callback: Post, settings: Any
+) -> None:
+    provided(settings, API_KEY="12345678")
+    body = DONE.replace(b'"created": 1', b'"created": 1712345678')
+    post_callback(llm_request, told(body=body))
+    assert LLMRequest.objects.get().completion == "Forty-two."
+    assert b"12345678" not in bytes(CallbackResponse.objects.get().body)
+
+
+def test_answer_that_tells_a_key_is_kept_without_it(
+    llm_request: LLMRequest, post_callback: Post
+) -> None:
+    key = "sk-canary-0123456789"
+    message = {"content": f"It is {key}.", "refusal": key, "tool_calls": [{"id": key}]}
+    answer = ANSWER | {"id": key, "model": key, "choices": [{"message": message}]}
+    body = json.dumps(answer | {"usage": ANSWER["usage"] | {"note": key}}).encode()
+    # Escaped it is found only in what was read.
+    for number, each in enumerate((body, body.replace(b"canary", b"can\\u0061ry"))):
+        row = ask()
+        post_callback(row, told(body=each, source_message_id=f"msg_{number}"))
+        row.refresh_from_db()
+        assert row.completion == "It is [redacted]."
+        assert "canary" not in repr(LLMRequest.objects.filter(pk=row.pk).values())
+
+
+@pytest.mark.parametrize("status", [200, 500])
+@pytest.mark.parametrize("at", [70, 490])
+def test_key_at_the_end_of_what_is_quoted_of_an_answer_is_kept_in_no_part(
+    llm_request: LLMRequest, post_callback: Post, status: int, at: int
+) -> None:
+    body = b"x" * at + b"sk-canary-0123456789"
+    post_callback(llm_request, told(status=status, body=body, max_retries=0))
+    row, receipt = LLMRequest.objects.get(), CallbackResponse.objects.get()
+    assert (row.state, "xxx" in row.error) == ("failed", True)
+    assert "sk" not in row.error + receipt.problem
+
+
 # --- early, late, twice ---
 
 
@@ -263,6 +363,91 @@ def test_answer_wins_over_a_failure_told_before(
         "",
     )
     assert row.announced_at is None  # to be told
+
+
+def test_answer_told_as_an_attempt_that_failed_is_not_lost(
+    llm_request: LLMRequest, post_callback: Post
+) -> None:
+    """Envelopes that do not say which attempt they tell of are all read as the first one's."""
+    untold = [without("retried", each) for each in (attempt(1), told(retried=1))]
+    for envelope in (*untold, *untold):
+        assert post_callback(llm_request, envelope).status_code == 200
+    row = LLMRequest.objects.get()
+    assert (row.state, row.completion, row.cost) == ("completed", "Forty-two.", None)
+    receipts = CallbackResponse.objects.order_by("retried")
+    assert list(receipts.values_list("retried", "status", "seen_count")) == [
+        (0, 503, 2),
+        (1, 200, 2),
+    ]
+    assert "attempt 1, of which something else was told before" in receipts[1].problem
+
+
+def test_second_answer_told_as_the_same_attempt_is_kept_beside_the_first(
+    llm_request: LLMRequest, post_callback: Post
+) -> None:
+    other = told(body=DONE.replace(b"Forty-two", b"Forty-three"))
+    for callback in (told(), other, told(), other):
+        assert post_callback(llm_request, callback).status_code == 200
+    assert LLMRequest.objects.get().completion == "Forty-two."
+    receipts = CallbackResponse.objects.order_by("retried")
+    assert list(receipts.values_list("retried", "seen_count")) == [(0, 2), (1, 2)]
+
+
+def test_answer_whose_body_was_cut_is_the_same_again(
+    llm_request: LLMRequest, post_callback: Post, settings: Any
+) -> None:
+    settings.QSTASH_LLM = settings.QSTASH_LLM | {"MAX_STORED_BODY_BYTES": 20}
+    for _ in range(2):
+        post_callback(llm_request, told())
+    assert CallbackResponse.objects.get().seen_count == 2
+
+
+GIVEN_UP = attempt(4, dlq_id="dlq_1")
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "note"),
+    [
+        ([GIVEN_UP, told(retried=2)], "had failed before this answer came: the answer counts"),
+        ([told(retried=2), GIVEN_UP], "gave a message of this request up"),
+        ([told(), told(source_message_id="msg_2")], "completed before by another answer"),
+        ([told(), told(source_message_id="msg_2", body=b"")], "completed before by another answer"),
+    ],
+    ids=["failure, answer", "answer, failure", "two answers", "answer, unreadable answer"],
+)
+def test_two_ends_of_one_request_are_noted_on_the_later_one(
+    llm_request: LLMRequest, post_callback: Post, callbacks: list[Callback], note: str
+) -> None:
+    for callback in callbacks:
+        assert post_callback(llm_request, callback).status_code == 200
+    assert LLMRequest.objects.get().state == "completed"
+    first, second = CallbackResponse.objects.order_by("id")
+    assert (first.problem, note in second.problem) == ("", True)
+    # Read again, each still says what it said at first.
+    for receipt in (first, second):
+        before = receipt.problem
+        receipt.apply_again()
+        receipt.refresh_from_db()
+        assert receipt.problem == before
+
+
+def test_one_end_of_a_request_is_not_noted_though_it_is_read_again(
+    llm_request: LLMRequest, post_callback: Post
+) -> None:
+    for callback in (attempt(1), attempt(2), told(retried=2)):
+        post_callback(llm_request, callback)
+    for receipt in CallbackResponse.objects.all():
+        receipt.apply_again()
+    assert set(CallbackResponse.objects.values_list("problem", flat=True)) == {""}
+
+
+def test_attempt_of_another_message_does_not_stand_for_the_one_that_answered(
+    llm_request: LLMRequest, post_callback: Post
+) -> None:
+    for callback in (attempt(3), told(source_message_id="msg_2"), attempt(4, dlq_id="dlq_1")):
+        post_callback(llm_request, callback)
+    row = LLMRequest.objects.get()
+    assert (row.state, row.attempts, row.last_status) == ("completed", 1, 200)
 
 
 def test_cancelled_stays_cancelled_and_the_receipt_is_kept(
@@ -360,7 +545,7 @@ def test_shuffled_repeated_and_parallel_callbacks_take_effect_once(qstash: FakeQ
     assert CallbackResponse.objects.count() == 24
     assert sum(CallbackResponse.objects.values_list("seen_count", flat=True)) == len(deliveries)
     ends = LLMRequest.objects.values_list("state", "completion", "attempts", "error")
-    assert set(ends) == {("completed", "Forty-two.", 4, "")}
+    assert set(ends) == {("completed", "Forty-two.", 3, "")}
 
 
 # --- what providers say and databases refuse ---
@@ -551,3 +736,232 @@ def test_answer_of_another_tier_than_the_standard_one_is_unpriced(
     post_callback(llm_request, told(body=body))
     row = LLMRequest.objects.get()
     assert (row.state, row.input_tokens, row.cost) == ("completed", 9, None)
+
+
+# --- receipt first, interpretation after ---
+
+BROKEN_PRICES = ["not", "a", "dictionary"]
+"""A setting over which reading an answer breaks, until somebody mends it."""
+
+
+@pytest.fixture
+def set_prices(settings: Any) -> Callable[[Any], None]:
+    def change(prices: Any) -> None:
+        settings.QSTASH_LLM = {**settings.QSTASH_LLM, "PRICES": prices}
+
+    return change
+
+
+def test_what_could_not_be_read_is_kept_and_read_again_later(
+    llm_request: LLMRequest, post_callback: Post, set_prices: Callable[[Any], None]
+) -> None:
+    set_prices(BROKEN_PRICES)
+    assert post_callback(llm_request, told()).status_code == 200
+    receipt = CallbackResponse.objects.get()
+    assert bytes(receipt.body) == DONE
+    assert (receipt.applied_at, receipt.apply_tries) == (None, 1)
+    assert receipt.apply_after > receipt.received_at
+    assert "AttributeError" in receipt.problem
+    llm_request.refresh_from_db()
+    assert (llm_request.state, llm_request.attempts) == ("pending", 0)
+    # The same once more is known, and changes nothing.
+    assert post_callback(llm_request, told()).status_code == 200
+    assert CallbackResponse.objects.get().seen_count == 2
+
+    now = receipt.apply_after
+    assert CallbackResponse.objects.apply_due(now=receipt.received_at) == 0
+    assert CallbackResponse.objects.apply_due(now=now) == 1
+    receipt.refresh_from_db()
+    assert (receipt.applied_at, receipt.apply_tries) == (None, 2)
+    assert receipt.apply_after > now
+
+    set_prices({"openai/gpt-5.4-mini": {"input": "1", "output": "2"}})
+    now = receipt.apply_after
+    assert CallbackResponse.objects.apply_due(now=now) == 1
+    receipt.refresh_from_db()
+    llm_request.refresh_from_db()
+    assert (receipt.applied_at, receipt.apply_after) == (now, None)
+    assert (llm_request.state, llm_request.completion) == ("completed", "Forty-two.")
+    assert llm_request.cost == Decimal("0.000015")
+    assert CallbackResponse.objects.apply_due(now=now + timedelta(days=1)) == 0
+
+
+def test_what_never_becomes_readable_is_left_to_a_person(
+    llm_request: LLMRequest, post_callback: Post, set_prices: Callable[[Any], None]
+) -> None:
+    set_prices(BROKEN_PRICES)
+    post_callback(llm_request, told())
+    now, tries = timezone.now(), 0
+    for _ in range(50):
+        now += timedelta(days=1)
+        tries += CallbackResponse.objects.apply_due(now=now)
+    assert tries == MOST_APPLY_TRIES - 1
+    receipt = CallbackResponse.objects.get()
+    assert (receipt.applied_at, receipt.apply_tries) == (None, MOST_APPLY_TRIES)
+    # And a person may, once it is mended.
+    set_prices({})
+    assert receipt.apply_again()
+    llm_request.refresh_from_db()
+    assert llm_request.state == "completed"
+
+
+def test_what_the_database_refuses_of_a_meaning_costs_no_receipt(
+    llm_request: LLMRequest, post_callback: Post
+) -> None:
+    def refuse(execute: Any, sql: str, params: Any, many: bool, context: Any) -> Any:
+        if sql.startswith("UPDATE") and "completion" in sql:
+            raise DataError("value out of range")
+        return execute(sql, params, many, context)
+
+    with connection.execute_wrapper(refuse):
+        assert post_callback(llm_request, told()).status_code == 200
+    receipt = CallbackResponse.objects.get()
+    assert (receipt.kind, receipt.applied_at, receipt.apply_tries) == ("callback", None, 1)
+    assert "DataError" in receipt.problem
+    llm_request.refresh_from_db()
+    assert llm_request.state == "pending"
+    assert CallbackResponse.objects.apply_due(now=receipt.apply_after) == 1
+    llm_request.refresh_from_db()
+    assert llm_request.state == "completed"
+
+
+def test_a_body_that_was_cut_is_not_read_again(
+    llm_request: LLMRequest, post_callback: Post, settings: Any
+) -> None:
+    settings.QSTASH_LLM = {**settings.QSTASH_LLM, "MAX_STORED_BODY_BYTES": 20}
+    post_callback(llm_request, told())
+    with pytest.raises(IllegalState, match="MAX_STORED_BODY_BYTES"):
+        CallbackResponse.objects.get().apply_again()
+
+
+def test_reading_again_what_was_read_changes_nothing(
+    llm_request: LLMRequest, post_callback: Post
+) -> None:
+    post_callback(llm_request, told())
+    before = LLMRequest.objects.values().get()
+    assert not CallbackResponse.objects.get().apply_again()
+    assert LLMRequest.objects.values().get() == before
+
+
+def test_a_request_that_is_with_qstash_has_a_deadline_and_any_news_moves_it(
+    llm_request: LLMRequest, post_callback: Post
+) -> None:
+    LLMRequest.objects.update(inquiries=3)
+    post_callback(llm_request, attempt(1))
+    llm_request.refresh_from_db()
+    received_at = CallbackResponse.objects.get().received_at
+    assert llm_request.deadline_at == received_at + timedelta(seconds=900)
+    assert llm_request.inquiries == 0
+    post_callback(llm_request, told(retried=1))
+    llm_request.refresh_from_db()
+    assert (llm_request.state, llm_request.deadline_at) == ("completed", None)
+
+
+def test_a_callback_takes_the_same_few_statements_however_much_is_there(
+    post_callback: Post, qstash: FakeQStash, django_assert_num_queries: Any
+) -> None:
+    first, last = ask(), ask()
+    for row in (first, last):
+        with django_assert_num_queries(5):  # a savepoint, lock, insert, update, its release
+            assert post_callback(row, told(source_message_id=f"m{row.pk}")).status_code == 200
+        CallbackResponse.objects.bulk_create(
+            CallbackResponse(
+                uuid=row.uuid, llm_request=row, kind="callback", source_message_id=f"o{n}"
+            )
+            for n in range(200 * (row is first))
+        )
+
+
+@pytest.mark.parametrize("kept", ["hashed", "none"])
+def test_what_is_not_to_be_kept_is_forgotten_by_the_statement_that_finishes(
+    llm_request: LLMRequest, post_callback: Post, settings: Any, kept: str
+) -> None:
+    settings.QSTASH_LLM = {**settings.QSTASH_LLM, "STORE_MESSAGES": kept}
+    digest = digest_of(llm_request.messages) if kept == "hashed" else ""
+    post_callback(llm_request, attempt(1))
+    llm_request.refresh_from_db()
+    assert llm_request.messages
+    post_callback(llm_request, told(retried=1))
+    llm_request.refresh_from_db()
+    assert (llm_request.state, llm_request.messages, llm_request.digest) == (
+        "completed",
+        [],
+        digest,
+    )
+    assert llm_request.forgotten_at == llm_request.finished_at
+    with pytest.raises(IllegalState, match="forgotten"):
+        llm_request.resubmit()
+
+
+@contextmanager
+def between_looking_and_writing(happens: Callable[[], Any]) -> Iterator[list[str]]:
+    """``happens`` in another connection, once, when a callback was looked at and is to be written.
+    Yields the statements."""
+    statements: list[str] = []
+
+    def meanwhile(execute: Any, sql: str, params: Any, many: bool, context: Any) -> Any:
+        has_looked = any(
+            "FROM " in each and LLMRequest._meta.db_table in each for each in statements
+        )
+        is_first = not any(map(is_writing, statements))
+        if has_looked and is_first and is_writing(sql):
+            other = threading.Thread(target=in_another_connection)
+            other.start()
+            other.join()
+        statements.append(sql)
+        return execute(sql, params, many, context)
+
+    def is_writing(sql: str) -> bool:
+        return "WITH changed AS" in sql or sql.startswith("BEGIN")
+
+    def in_another_connection() -> None:
+        happens()
+        connections.close_all()
+
+    with connection.execute_wrapper(meanwhile):
+        yield statements
+
+
+@pytest.mark.django_db(transaction=True)
+def test_what_changes_between_looking_and_writing_is_seen_with_a_lock(
+    post_callback: Post, qstash: FakeQStash
+) -> None:
+    row = ask()
+    cancelled = {"state": "cancelled", "finished_at": timezone.now()}
+    with between_looking_and_writing(
+        lambda: LLMRequest.objects.filter(pk=row.pk).update(**cancelled)
+    ) as statements:
+        assert post_callback(row, told()).status_code == 200
+    row.refresh_from_db()
+    # Not completed, and yet paid for.
+    assert (row.state, row.completion, row.input_tokens) == ("cancelled", "", 9)
+    assert CallbackResponse.objects.get().applied_at is not None
+    looks = [sql for sql in statements if "WHERE uuid = " in sql]
+    assert len(looks) == 2
+    assert ("FOR UPDATE" in looks[1]) == connection.features.has_select_for_update
+
+
+@pytest.mark.django_db(transaction=True)
+def test_the_usual_callback_takes_two_statements_on_postgresql_and_three_on_others(
+    post_callback: Post, qstash: FakeQStash, django_assert_num_queries: Any
+) -> None:
+    most = {"postgresql": 2}.get(connection.vendor, 5)  # with its BEGIN and COMMIT
+    row = ask()
+    for callback in (attempt(1), told(retried=1)):
+        with django_assert_num_queries(most):
+            assert post_callback(row, callback).status_code == 200
+
+
+@pytest.mark.django_db(transaction=True)
+def test_another_answer_that_comes_between_looking_and_writing_is_noted(
+    post_callback: Post, qstash: FakeQStash
+) -> None:
+    row = ask()
+    other = told(source_message_id="msg_2")
+    with between_looking_and_writing(
+        lambda: CallbackResponse.objects.receive(other, uuid=row.uuid, now=timezone.now())
+    ):
+        assert post_callback(row, told()).status_code == 200
+    problems = dict(CallbackResponse.objects.values_list("source_message_id", "problem"))
+    assert problems["msg_2"] == ""
+    assert "completed before by another answer" in problems["msg_1"]

@@ -14,8 +14,15 @@ from django.db import connection, connections, transaction
 from django.test import override_settings
 
 from django_qstash_llm.exceptions import ConfigurationError
-from django_qstash_llm.models import LLMRequest
-from django_qstash_llm.models.outbox import TRIES_IN_DOUBT, Outbox
+from django_qstash_llm.health import Pulse
+from django_qstash_llm.models import Circuit, LLMRequest
+from django_qstash_llm.models.circuit import QSTASH
+from django_qstash_llm.models.outbox import (
+    MOST_IN_VAIN,
+    STALE_PER_CLAIM,
+    TRIES_IN_DOUBT,
+    Outbox,
+)
 from django_qstash_llm.models.request import State
 from django_qstash_llm.qstash import Callback, Message
 from tests.conftest import ANSWER
@@ -224,9 +231,55 @@ def test_partly_refused_batch_submits_the_others_and_fails_those_with_the_reason
     failed = LLMRequest.objects.failed()
     assert set(failed.values_list("pk", flat=True)) == {row.pk for row in rows[::15]}
     assert set(failed.values_list("error_code", "error", "claim_token")) == {
-        ("qstash_refused", "maximum retries exceeded", None)
+        ("qstash_400", 'QStash answered 400: {"error":"maximum retries exceeded"}', None)
     }
+    assert len(qstash.calls) == 1 + 7  # each of these asked once more what it is refused for
     assert LLMRequest.objects.exclude(claim_token=None).count() == 0
+
+
+def test_item_refused_for_now_waits_and_is_submitted_later(
+    outbox: Outbox, qstash: FakeQStash, clock: Clock
+) -> None:
+    rows = ask(3)
+    reset = NOW + timedelta(hours=7)
+
+    def reach_the_daily_limit(request: httpx.Request) -> httpx.Response:
+        path = request.url.path.removeprefix("/qstash")
+        if path == "/v2/batch":
+            [first, *others] = json.loads(request.content)
+            refused = {"error": "Exceeded daily rate limit", "status": 429}
+            return httpx.Response(200, json=[qstash.accept(first), *(refused for _ in others)])
+        headers = {"RateLimit-Limit": "1000", "RateLimit-Reset": str(int(reset.timestamp()))}
+        return httpx.Response(429, json={"error": "Exceeded daily rate limit"}, headers=headers)
+
+    qstash.answer = reach_the_daily_limit
+    outbox.submit()
+    assert states() == {"submitted": 1, "pending": 2}
+    assert len(qstash.calls) == 2  # the first that is refused tells for all
+    refused = LLMRequest.objects.pending()
+    assert set(refused.values_list("first_tried_at", "submission_tries")) == {(None, 0)}
+    assert open_until() == reset
+
+    qstash.answer = None
+    clock.now = reset
+    outbox.submit()
+    assert states() == {"submitted": 3}
+    given = dict(LLMRequest.objects.values_list("uuid", "qstash_message_id"))
+    assert given == {row.uuid: qstash.ids[row.deduplication_id] for row in rows}
+
+
+def test_message_refused_with_a_2xx_fails_with_qstashs_words(
+    outbox: Outbox, qstash: FakeQStash
+) -> None:
+    [row] = ask()
+    qstash.answer = answers(200, b'{"error": "invalid destination"}')
+    outbox.submit()
+    row.refresh_from_db()
+    assert (row.state, row.error_code, row.error) == (
+        "failed",
+        "qstash_refused",
+        "invalid destination",
+    )
 
 
 @pytest.mark.parametrize(
@@ -268,6 +321,82 @@ def test_unknown_outcome_of_a_batch_is_settled_by_the_same_deduplication_id(
     assert given == {row.uuid: qstash.ids[row.deduplication_id] for row in rows}
 
 
+@pytest.mark.parametrize(
+    "spoilt", [b'[{"messageId": "msg_1"}]', b"[]", b"[[],[],[]]", b"<html>Bad gateway</html>"]
+)
+def test_short_answer_to_a_batch_is_matched_item_by_item(
+    outbox: Outbox, qstash: FakeQStash, spoilt: bytes
+) -> None:
+    rows = ask(3)
+
+    def spoil_batches(request: httpx.Request) -> httpx.Response:
+        answer = qstash.take(request, request.url.path.removeprefix("/qstash"))
+        is_batch = request.url.path.endswith("/v2/batch")
+        return httpx.Response(200, content=spoilt) if is_batch else answer
+
+    qstash.answer = spoil_batches
+    outbox.submit()
+    assert states() == {"submitted": 3}
+    assert len(qstash.messages) == 3  # nothing doubled
+    given = dict(LLMRequest.objects.values_list("uuid", "qstash_message_id"))
+    assert given == {row.uuid: qstash.ids[row.deduplication_id] for row in rows}
+
+
+def takes_a_batch_and_answers_short(qstash: FakeQStash, then: Callable[..., Any]) -> None:
+    """The first call is a batch, of which one item is told; ``then`` answers all that follow."""
+
+    def respond(request: httpx.Request) -> httpx.Response:
+        qstash.answer = then
+        qstash.take(request, request.url.path.removeprefix("/qstash"))
+        return httpx.Response(200, json=[{"messageId": "msg_1"}])
+
+    qstash.answer = respond
+
+
+@pytest.mark.parametrize(
+    "then",
+    [answers(401), answers(404), answers(429), answers(503), cut],
+    ids=["401", "404", "429", "503", "cut"],
+)
+def test_batch_that_was_taken_stays_in_doubt_whatever_is_said_of_the_calls_after_it(
+    outbox: Outbox, qstash: FakeQStash, clock: Clock, then: Callable[..., Any]
+) -> None:
+    rows = ask(3)
+    takes_a_batch_and_answers_short(qstash, then)
+    outbox.submit()
+    assert states() == {"pending": 3}
+    assert set(LLMRequest.objects.values_list("first_tried_at", flat=True)) == {NOW}
+
+    # QStash has forgotten the deduplication ids since, so it is asked before anything is sent.
+    qstash.logs = [
+        {"time": 1, "messageId": qstash.ids[row.deduplication_id], "state": "ACTIVE", "url": ""}
+        | {"labels": [row.wire_label]}
+        for row in rows
+    ]
+    qstash.ids.clear()
+    qstash.answer = None
+    clock.forward(hours=6)
+    outbox.submit()
+    assert states() == {"submitted": 3}
+    assert len(qstash.messages) == 3  # nothing doubled
+
+
+def test_batch_that_was_taken_stays_in_doubt_though_the_time_of_the_claim_ran_out(
+    outbox: Outbox, qstash: FakeQStash, clock: Clock
+) -> None:
+    rows = ask(3)
+
+    def take_and_be_slow(request: httpx.Request) -> httpx.Response:
+        clock.forward(seconds=61)
+        return qstash.take(request, request.url.path.removeprefix("/qstash"))
+
+    takes_a_batch_and_answers_short(qstash, take_and_be_slow)
+    outbox.submit()
+    assert states() == {"submitted": 1, "pending": 2}
+    in_doubt = LLMRequest.objects.filter(pk__in=[row.pk for row in rows[1:]])
+    assert set(in_doubt.values_list("first_tried_at", "claim_token")) == {(NOW, None)}
+
+
 @pytest.mark.parametrize("answer", [answers(500), answers(200, b"{}"), answers(200, b"[]"), cut])
 def test_unknown_outcome_of_a_single_publish_is_settled_the_same_way(
     outbox: Outbox, qstash: FakeQStash, clock: Clock, answer: Callable[..., Any]
@@ -287,6 +416,10 @@ def test_unknown_outcome_of_a_single_publish_is_settled_the_same_way(
     assert len(qstash.messages) == 1
 
 
+def open_until(now: datetime = NOW) -> datetime | None:
+    return Circuit.objects.open_until(QSTASH, now)
+
+
 def test_refused_connection_is_tried_later_and_opens_no_deduplication_window(
     wire: Wire, clock: Clock
 ) -> None:
@@ -297,23 +430,24 @@ def test_refused_connection_is_tried_later_and_opens_no_deduplication_window(
     [row] = ask()
     Outbox(clock=clock).submit()
     row.refresh_from_db()
-    assert (row.state, row.first_tried_at, row.submission_tries) == ("pending", None, 1)
-    assert NOW < row.submit_after <= NOW + timedelta(seconds=5)
+    # It never arrived, so no try of it has been used up.
+    assert (row.state, row.first_tried_at, row.submission_tries) == ("pending", None, 0)
+    assert NOW < open_until() <= NOW + timedelta(seconds=5)
     assert "ConnectError" in row.error
 
 
 def test_pauses_grow_and_stay_within_minutes(
     outbox: Outbox, qstash: FakeQStash, clock: Clock
 ) -> None:
-    [row] = ask()
+    ask()
     qstash.answer = answers(500)
     pauses = []
-    for _ in range(12):
+    for number in range(12):
         outbox.submit()
-        row.refresh_from_db()
-        pauses.append((row.submit_after - clock.now).total_seconds())
-        clock.now = row.submit_after
-    assert row.submission_tries == 12
+        until = open_until(clock.now)
+        pauses.append((until - clock.now).total_seconds())
+        assert len(qstash.calls) == number + 1
+        clock.now = until
     assert 2 <= pauses[0] <= 2.4
     assert pauses[3] > pauses[0]
     assert max(pauses) <= 360
@@ -342,25 +476,72 @@ def test_daily_limit_waits_for_its_reset(
     qstash.answer = answers(429, b"{}", **headers)
     outbox.submit()
     assert states() == {"pending": count}
-    assert set(LLMRequest.objects.values_list("submit_after", flat=True)) == {reset}
+    assert open_until() == reset
+    # Nothing was taken, so nobody has used up a try; nor does who comes later ask once more.
+    assert set(LLMRequest.objects.values_list("submission_tries", flat=True)) == {0}
+    ask(1)
+    assert (outbox.submit(), len(qstash.calls)) == (0, 1)
 
     qstash.answer = None
     clock.forward(hours=6, minutes=59)
     assert outbox.submit() == 0
     clock.forward(minutes=1)
-    assert outbox.submit() == count
-    assert states() == {"submitted": count}
+    assert outbox.submit() == count + 1
+    assert states() == {"submitted": count + 1}
+    assert open_until() is None
+
+
+def test_circuit_is_left_alone_while_there_is_nothing_to_find_out_by(
+    outbox: Outbox, qstash: FakeQStash, clock: Clock, post_callback: Callable[..., Any]
+) -> None:
+    [row] = ask()
+    qstash.answer = does_the_work_and_then(qstash, cut)
+    outbox.submit()
+    post_callback(row, Callback(status=200, body=DONE, source_message_id="msg_1"))
+    until = open_until()
+    for _ in range(24):
+        clock.forward(hours=1)
+        outbox.submit()
+    assert Circuit.objects.get().open_until == until
+    pulse = Pulse.read(now=clock.now)
+    assert (pulse.problems, pulse.notice) == ([], "")
+
+
+@pytest.mark.parametrize("answer", [answers(400), answers(200, b'{"error": "no"}')])
+def test_circuit_closes_when_a_message_is_refused_for_what_is_in_it(
+    outbox: Outbox, qstash: FakeQStash, clock: Clock, answer: Callable[..., Any]
+) -> None:
+    ask()
+    qstash.answer = answers(503)
+    outbox.submit()
+    qstash.answer = answer
+    clock.forward(minutes=1)
+    outbox.submit()
+    assert states() == {"failed": 1}
+    assert not Circuit.objects.get().is_open
+
+
+def test_circuit_closes_each_time_for_the_same_outbox(
+    outbox: Outbox, qstash: FakeQStash, clock: Clock
+) -> None:
+    for _ in range(2):
+        ask()
+        qstash.answer = answers(503)
+        outbox.submit()
+        qstash.answer = None
+        clock.forward(minutes=1)
+        outbox.submit()
+        assert not Circuit.objects.get().is_open
 
 
 @pytest.mark.parametrize("reset", ["0", "-5", "soon", "99999999999999", "9" * 25])
 def test_absurd_reset_neither_storms_nor_freezes(
     outbox: Outbox, qstash: FakeQStash, reset: str
 ) -> None:
-    [row] = ask()
+    ask()
     qstash.answer = answers(429, b"{}", **{"RateLimit-Limit": "1", "RateLimit-Reset": reset})
     outbox.submit()
-    row.refresh_from_db()
-    assert NOW + timedelta(seconds=1) <= row.submit_after <= NOW + timedelta(days=1)
+    assert NOW + timedelta(seconds=1) <= open_until() <= NOW + timedelta(days=1)
 
 
 def test_call_refused_as_a_whole_is_repeated_one_by_one(outbox: Outbox, qstash: FakeQStash) -> None:
@@ -418,6 +599,18 @@ def test_keys_that_qstash_repeats_are_in_no_row_and_no_log(
     assert "canary" not in kept
     assert settings.QSTASH_TOKEN not in kept
     assert "\x00" not in kept
+
+
+@pytest.mark.parametrize("at", [480, 490, 498])
+def test_key_that_qstash_repeats_at_the_end_of_what_is_kept_is_kept_in_no_part(
+    outbox: Outbox, qstash: FakeQStash, at: int
+) -> None:
+    [row] = ask()
+    qstash.answer = answers(400, "x" * at + "sk-canary-0123456789")
+    outbox.submit()
+    row.refresh_from_db()
+    assert "xxx" in row.error
+    assert "sk" not in row.error
 
 
 # --- claims ---
@@ -511,6 +704,180 @@ def test_refusal_that_is_not_about_the_message_fails_nobody(
     outbox.submit()
     assert states() == {"pending": 3}
     assert str(status) in LLMRequest.objects.earliest("id").error
+
+
+# --- a message that QStash cannot take ---
+
+
+def sweep(clock: Clock, every: float = 10.0, **duration: float) -> None:
+    """Ring the bell again and again, as beat does."""
+    until = clock.now + timedelta(**duration)
+    while clock.now < until:
+        Outbox(clock=clock).submit()
+        clock.forward(seconds=every)
+
+
+def chokes(qstash: FakeQStash, choke: Callable[..., Any]) -> None:
+    """QStash takes everything but what has this in it, at which ``choke`` answers for all of it."""
+
+    def respond(request: httpx.Request) -> httpx.Response:
+        if b"indigestible" in request.content:
+            return choke(request)
+        return qstash.take(request, request.url.path.removeprefix("/qstash"))
+
+    qstash.answer = respond
+
+
+INDIGESTIBLE = [{"role": "user", "content": "indigestible"}]
+CHOKES = {
+    "qstash_500": answers(500, b"oops"),
+    "qstash_404": answers(404, b"oops"),
+    "qstash_403": answers(403, b"oops"),
+    "qstash_308": answers(308, b"oops"),
+    "qstash_unanswered": cut,
+}
+
+
+@pytest.mark.parametrize(
+    ("choke", "batch_size"),
+    [*((choke, 100) for choke in CHOKES), ("qstash_500", 1), ("qstash_404", 2)],
+)
+def test_message_that_qstash_cannot_take_keeps_nobody_from_leaving(
+    qstash: FakeQStash, clock: Clock, settings: Any, choke: str, batch_size: int
+) -> None:
+    settings.QSTASH_LLM = settings.QSTASH_LLM | {"BATCH_SIZE": batch_size}
+    bad = [LLMRequest.objects.publish(INDIGESTIBLE) for _ in range(4)]
+    ask(5)
+    chokes(qstash, CHOKES[choke])
+    sweep(clock, minutes=2)
+    assert states() == {"submitted": 5, "pending": 4}
+
+    for _ in range(8):  # and who comes later waits for nobody
+        ask(1)
+        sweep(clock, every=20, seconds=40)
+        assert states().pop("pending") == 4
+    assert open_until(clock.now) is None
+    assert {row.pk for row in LLMRequest.objects.pending()} == {row.pk for row in bad}
+    assert len(qstash.messages) == 5 + 8
+
+
+@pytest.mark.parametrize("choke", CHOKES)
+def test_message_that_qstash_cannot_take_fails_in_the_end_with_its_words(
+    qstash: FakeQStash, clock: Clock, choke: str
+) -> None:
+    bad = LLMRequest.objects.publish(INDIGESTIBLE)
+    ask(2)
+    chokes(qstash, CHOKES[choke])
+    sweep(clock, minutes=5)
+    assert states() == {"submitted": 2, "pending": 1}
+    sweep(clock, every=60, minutes=40)
+    assert states() == {"submitted": 2, "pending": 1}
+    bad.refresh_from_db()
+    assert (bad.first_tried_at is None) == (choke in {"qstash_404", "qstash_403", "qstash_308"})
+    qstash.calls.clear()
+    sweep(clock, every=60, minutes=60)
+    bad.refresh_from_db()
+    assert (bad.state, bad.error_code) == ("failed", choke)
+    assert "oops" in bad.error or "ReadError" in bad.error
+    # Its pauses had grown. A call that is cut is three of the client's.
+    tries = [call for call in qstash.calls if call.startswith("POST")]
+    assert len(tries) <= 12 * (3 if choke == "qstash_unanswered" else 1)
+
+
+def test_message_that_qstash_cannot_take_holds_up_its_own_queue_in_order(
+    qstash: FakeQStash, clock: Clock
+) -> None:
+    bad = LLMRequest.objects.enqueue(INDIGESTIBLE, queue="line")
+    behind = [LLMRequest.objects.enqueue(MESSAGES, queue="line") for _ in range(3)]
+    ask(2)
+    chokes(qstash, answers(500))
+    sweep(clock, minutes=5)
+    assert states() == {"submitted": 2, "pending": 4}
+    sweep(clock, every=60, minutes=95)
+    bad.refresh_from_db()
+    assert bad.state == "failed"
+    assert states() == {"submitted": 5, "failed": 1}
+    assert [each[:36] for each in list(qstash.ids)[2:]] == [str(row.uuid) for row in behind]
+
+
+def test_outage_is_found_out_by_one_call_each_time_and_fails_nobody(
+    outbox: Outbox, qstash: FakeQStash, clock: Clock
+) -> None:
+    ask(10)
+    qstash.answer = answers(403, b"oops")
+    for number in range(100):  # more than seven hours
+        outbox.submit()
+        assert len(qstash.calls) == number + 1
+        clock.now = open_until(clock.now)
+    assert states() == {"pending": 10}
+
+    # Nor does anybody whose next try comes to nothing as well, though others' do not.
+    chosen = LLMRequest.objects.earliest("id")
+    qstash.refuse[chosen.deduplication_id] = "not yet"
+
+    def choke_on_one(request: httpx.Request) -> httpx.Response:
+        ids = request.content.decode() + str(request.headers)
+        is_chosen = chosen.deduplication_id in ids
+        return httpx.Response(500) if is_chosen else qstash.take(request, request.url.path[7:])
+
+    qstash.answer = choke_on_one
+    outbox.submit()
+    assert states() == {"submitted": 9, "pending": 1}
+    qstash.answer = None
+    qstash.refuse.clear()
+    clock.forward(seconds=10)
+    outbox.submit()
+    assert states() == {"submitted": 10}
+
+
+def test_outage_that_begins_between_two_calls_is_found_out_by_a_few(
+    outbox: Outbox, qstash: FakeQStash, settings: Any, clock: Clock
+) -> None:
+    settings.QSTASH_LLM = settings.QSTASH_LLM | {"BATCH_SIZE": 10}
+    ask(100)
+
+    def go_down(request: httpx.Request) -> httpx.Response:
+        qstash.answer = answers(503)
+        return qstash.take(request, request.url.path.removeprefix("/qstash"))
+
+    qstash.answer = go_down
+    outbox.submit()
+    assert states() == {"submitted": 10, "pending": 90}
+    assert len(qstash.calls) == 2 + MOST_IN_VAIN
+    assert open_until() is not None
+    qstash.answer = None
+    sweep(clock, seconds=20)
+    assert states() == {"submitted": 100}
+
+
+def test_row_whose_look_up_fails_keeps_no_other_stale_row_waiting(
+    qstash: FakeQStash, clock: Clock
+) -> None:
+    bad, *_ = stale_rows(3)
+
+    def choke_on_one(request: httpx.Request) -> httpx.Response:
+        if str(bad.uuid) in str(request.url):
+            return httpx.Response(500)
+        return qstash.take(request, request.url.path.removeprefix("/qstash"))
+
+    qstash.answer = choke_on_one
+    sweep(clock, minutes=2)
+    assert states() == {"submitted": 2, "pending": 1}
+    assert LLMRequest.objects.pending().get().pk == bad.pk
+
+
+def test_row_without_a_provider_is_given_up_after_an_hour(
+    qstash: FakeQStash, clock: Clock, settings: Any
+) -> None:
+    gone = LLMRequest.objects.publish(MESSAGES, provider="anthropic")
+    providers = {"openai": settings.QSTASH_LLM["PROVIDERS"]["openai"]}
+    settings.QSTASH_LLM = settings.QSTASH_LLM | {"PROVIDERS": providers}
+    sweep(clock, every=30, minutes=60)
+    assert states() == {"pending": 1}
+    sweep(clock, every=60, minutes=40)
+    gone.refresh_from_db()
+    assert (gone.state, gone.error_code) == ("failed", "cannot_submit")
+    assert qstash.calls == []
 
 
 def test_queue_keeps_its_order_over_two_outboxes_and_a_put_back(
@@ -610,6 +977,104 @@ def test_row_that_never_left_is_not_looked_up(
     outbox.submit()
     assert [call.split()[0] for call in qstash.calls] == ["POST", "POST"]
     assert states() == {"submitted": 1}
+
+
+def stale_rows(count: int, **fields: Any) -> list[LLMRequest]:
+    """Tried once by a worker that died, before the window."""
+    tried = {"first_tried_at": NOW - timedelta(minutes=12), "submission_tries": 1}
+    asked = {"messages": MESSAGES, "provider": "openai", "model": "m", "retries": 1}
+    return LLMRequest.objects.bulk_create(
+        LLMRequest(**asked | tried | fields) for _ in range(count)
+    )
+
+
+def slowly(qstash: FakeQStash, clock: Clock, seconds: float) -> Callable[..., Any]:
+    def respond(request: httpx.Request) -> httpx.Response:
+        clock.forward(seconds=seconds)
+        return qstash.take(request, request.url.path.removeprefix("/qstash"))
+
+    return respond
+
+
+def test_nobody_waits_for_the_look_ups_of_stale_rows(
+    outbox: Outbox, qstash: FakeQStash, clock: Clock
+) -> None:
+    stale_rows(2 * STALE_PER_CLAIM)
+    ask(3)
+    qstash.answer = slowly(qstash, clock, 0.3)
+    assert outbox.submit() == 3 + STALE_PER_CLAIM
+    assert qstash.calls[0] == "POST /v2/batch"
+    assert states() == {"submitted": 3 + STALE_PER_CLAIM, "pending": STALE_PER_CLAIM}
+
+
+@pytest.mark.parametrize("seconds", [0.3, 3, 40])
+def test_each_stale_row_is_asked_about_once_however_slow_the_answers(
+    outbox: Outbox, qstash: FakeQStash, clock: Clock, seconds: float
+) -> None:
+    count = 60
+    stale_rows(count)
+    qstash.answer = slowly(qstash, clock, seconds)
+    while LLMRequest.objects.pending().exists():
+        assert outbox.submit()
+    assert set(LLMRequest.objects.values_list("submission_number", flat=True)) == {2}
+    assert len([call for call in qstash.calls if call.startswith("GET")]) == 2 * count
+    assert len(qstash.messages) == count
+
+
+def test_what_is_settled_leaves_before_the_time_runs_out(
+    outbox: Outbox, qstash: FakeQStash, clock: Clock
+) -> None:
+    rows = stale_rows(20)
+    qstash.answer = slowly(qstash, clock, 3)
+    outbox.submit()
+    assert [call.split()[0] for call in qstash.calls] == ["GET"] * 12 + ["POST"]
+    assert states() == {"submitted": 6, "pending": 14}
+    untouched = LLMRequest.objects.filter(pk__in=[row.pk for row in rows[6:]])
+    told = untouched.values_list("submission_number", "submission_tries", "first_tried_at")
+    assert set(told) == {(1, 1, rows[0].first_tried_at)}
+    assert not untouched.exclude(claim_token=None).exists()
+
+
+def test_what_is_settled_and_not_sent_is_not_asked_about_again(
+    outbox: Outbox, qstash: FakeQStash, clock: Clock
+) -> None:
+    stale_rows(3)
+
+    def refuse_all_but_look_ups(request: httpx.Request) -> httpx.Response:
+        if request.method == "POST":
+            return httpx.Response(429)
+        return qstash.take(request, request.url.path.removeprefix("/qstash"))
+
+    qstash.answer = refuse_all_but_look_ups
+    outbox.submit()
+    settled = LLMRequest.objects.pending().values_list("submission_number", "first_tried_at")
+    assert set(settled) == {(2, None)}
+    qstash.calls.clear()
+    qstash.answer = None
+    clock.forward(hours=1)
+    outbox.submit()
+    assert qstash.calls == ["POST /v2/batch"]
+
+
+def test_row_behind_a_stale_one_in_its_queue_does_not_overtake_it(
+    outbox: Outbox, qstash: FakeQStash
+) -> None:
+    [stale] = stale_rows(1, queue="line", via="enqueue")
+    behind = LLMRequest.objects.enqueue(MESSAGES, queue="line")
+    apart = LLMRequest.objects.enqueue(MESSAGES, queue="other")
+    assert outbox.submit() == 2
+    assert list(qstash.ids) == [apart.deduplication_id, f"{stale.uuid}-2"]
+    assert outbox.submit() == 1
+    assert list(qstash.ids)[2:] == [behind.deduplication_id]
+
+
+def test_row_that_a_clock_since_put_back_tried_is_asked_about(
+    outbox: Outbox, qstash: FakeQStash
+) -> None:
+    """How long ago that was nobody knows."""
+    stale_rows(1, first_tried_at=NOW + timedelta(minutes=30))
+    outbox.submit()
+    assert [call.split()[0] for call in qstash.calls] == ["GET", "GET", "POST"]
 
 
 # --- a callback that is faster than the answer ---

@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import json
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from django_qstash_llm.qstash import Callback, EnvelopeError
+from django_qstash_llm.qstash.callback import without_source
 
 from .strategies import fuzz
 
@@ -54,6 +56,11 @@ CALLBACK = Callback(
 )
 
 
+def unsaid(**fields: Any) -> Callback:
+    """What is read of an envelope that does not say how many retries there are."""
+    return Callback(**{"source_message_id": "msg_1", "max_retries": None} | fields)
+
+
 def read(**fields: Any) -> Callback:
     return Callback.from_json(json.dumps({"sourceMessageId": "msg_1"} | fields).encode())
 
@@ -88,6 +95,11 @@ def test_what_is_empty_and_optional_is_left_out() -> None:
     }
 
 
+def test_retries_that_are_unsaid_stay_unsaid() -> None:
+    callback = unsaid(status=-1)
+    assert "maxRetries" not in json.loads(callback.to_json())
+
+
 header_maps = st.dictionaries(
     st.text(max_size=8), st.lists(st.text(max_size=8), max_size=3), max_size=3
 )
@@ -99,7 +111,7 @@ callbacks = st.builds(
     header=header_maps,
     body=st.binary(max_size=50),
     retried=milliseconds,
-    max_retries=milliseconds,
+    max_retries=milliseconds | st.none(),
     source_message_id=st.text(min_size=1, max_size=10),
     url=texts,
     method=st.sampled_from(["GET", "POST"]),
@@ -133,40 +145,40 @@ def test_no_repr_shows_what_the_source_was_sent_with() -> None:
 @pytest.mark.parametrize(
     ("fields", "callback"),
     [
-        ({}, Callback(status=-1, source_message_id="msg_1")),
+        ({}, unsaid(status=-1)),
         (
-            dict.fromkeys(ENVELOPE.keys() - {"sourceMessageId"}),
-            Callback(status=-1, source_message_id="msg_1"),
+            dict.fromkeys(sorted(ENVELOPE.keys() - {"sourceMessageId"})),
+            unsaid(status=-1),
         ),
-        ({"status": 0}, Callback(status=-1, source_message_id="msg_1")),
-        ({"status": "200"}, Callback(status=200, source_message_id="msg_1")),
-        ({"status": 200.0}, Callback(status=200, source_message_id="msg_1")),
+        ({"status": 0}, unsaid(status=-1)),
+        ({"status": "200"}, unsaid(status=200)),
+        ({"status": 200.0}, unsaid(status=200)),
         (
             {"notBefore": "1701198458025"},
-            Callback(status=-1, source_message_id="msg_1", not_before=1_701_198_458_025),
+            unsaid(status=-1, not_before=1_701_198_458_025),
         ),
         (
             {"createdAt": 1701198447054.0},
-            Callback(status=-1, source_message_id="msg_1", created_at=1_701_198_447_054),
+            unsaid(status=-1, created_at=1_701_198_447_054),
         ),
-        ({"maxRteries": 3}, Callback(status=-1, source_message_id="msg_1", max_retries=3)),
+        ({"maxRteries": 3}, unsaid(status=-1, max_retries=3)),
         (
             {"maxRteries": 3, "maxRetries": 5},
-            Callback(status=-1, source_message_id="msg_1", max_retries=5),
+            unsaid(status=-1, max_retries=5),
         ),
         (
             {"header": {"A": "x"}},
-            Callback(status=-1, source_message_id="msg_1", header={"A": ["x"]}),
+            unsaid(status=-1, header={"A": ["x"]}),
         ),
         (
             {"sourceHeader": {"A": "x"}},
-            Callback(status=-1, source_message_id="msg_1", source_header={"A": ["x"]}),
+            unsaid(status=-1, source_header={"A": ["x"]}),
         ),
-        ({"body": "-_-_"}, Callback(status=-1, source_message_id="msg_1", body=b"\xfb\xff\xbf")),
-        ({"body": "+/+/"}, Callback(status=-1, source_message_id="msg_1", body=b"\xfb\xff\xbf")),
+        ({"body": "-_-_"}, unsaid(status=-1, body=b"\xfb\xff\xbf")),
+        ({"body": "+/+/"}, unsaid(status=-1, body=b"\xfb\xff\xbf")),
         (
             {"error": "dial tcp", "queueName": "q", "new": {}},
-            Callback(status=-1, source_message_id="msg_1"),
+            unsaid(status=-1),
         ),
     ],
     ids=lambda value: repr(value)[:40],
@@ -222,13 +234,22 @@ def test_what_had_to_be_bent_is_noted(
     fields: dict[str, Any], callback: dict[str, Any], note: str
 ) -> None:
     envelope = read(**fields)
-    expected = Callback(**{"status": -1, "source_message_id": "msg_1"} | callback)
+    expected = unsaid(**{"status": -1} | callback)
     assert (envelope, envelope.notes) == (expected, (note,))
 
 
-def test_the_last_of_two_equal_fields_counts() -> None:
+def test_the_last_of_two_equal_fields_counts_and_is_noted() -> None:
     envelope = b'{"sourceMessageId": "msg_1", "sourceMessageId": "msg_2", "status": 200}'
-    assert Callback.from_json(envelope) == Callback(status=200, source_message_id="msg_2")
+    callback = Callback.from_json(envelope)
+    assert callback == unsaid(status=200, source_message_id="msg_2")
+    assert callback.notes == ("sourceMessageId is given more than once",)
+
+
+def test_an_envelope_of_nothing_but_repetitions_has_a_few_notes() -> None:
+    twice = b'{"%s": 1, "%s": 2}' % (b"a" * 1000, b"a" * 1000)
+    envelope = b'{"sourceMessageId": "m", "more": [%s]}' % b",".join([twice] * 1000)
+    notes = Callback.from_json(envelope).notes
+    assert notes == (f"{'a' * 40} is given more than once",) * 10
 
 
 # --- what is no envelope -------------------------------------------------------------------------
@@ -297,6 +318,64 @@ def test_whatever_was_read_is_read_again_the_same(fields: dict[str, Any]) -> Non
         assert Callback.from_json(callback.to_json()) == callback
 
 
+# --- what is kept of it although it cannot be read ------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("envelope", "kept"),
+    [
+        (
+            '{"status": 1e400, "sourceHeader" : {"a": ["b", "}"], "c": {}}, "body": "YQ=="}',
+            '{"status": 1e400, "sourceHeader": null, "body": "YQ=="}',
+        ),
+        ('{"sourceBody":"a\\"b,c","n":1}', '{"sourceBody": null,"n":1}'),
+        ('{"n":[1,{"sourceBody":5}],"m":2}', '{"n":[1,{"sourceBody": null}],"m":2}'),
+        (
+            '[{"sourceHeader":[]},{"sourceHeader":1}]',
+            '[{"sourceHeader": null},{"sourceHeader": null}]',
+        ),
+        ('{"source\\u0048eader":{"a":"k"}}', '{"source\\u0048eader": null}'),
+        ('{"sourceHeader":{"a":["k', '{"sourceHeader": null'),
+        ('{"sourceHeader":', '{"sourceHeader": null'),
+        ('{"sourceHeader":{"a":"k"},"sourceBody":"aG', '{"sourceHeader": null,"sourceBody": null'),
+        # Where the texts begin and end cannot be told.
+        ('ody":"","sourceHeader":{"a":"k"}}', 'ody":"","'),
+        ('"{\\"sourceHeader\\":{\\"a\\":\\"k\\"}}"', '"{\\"'),
+        ("status=1&sourceBody=k", "status=1&"),
+        ('{"sourceHea', '{"sourceHea'),
+        ("", ""),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_what_an_envelope_repeats_of_its_source_is_taken_out(
+    envelope: str, kept: str, encoding: str
+) -> None:
+    raw = envelope.encode(encoding)
+    assert without_source(raw) == (raw if kept == envelope else kept.encode())
+
+
+@given(callbacks)
+@fuzz
+def test_without_its_source_a_callback_is_read_as_it_was(callback: Callback) -> None:
+    read_back = Callback.from_json(without_source(callback.to_json()))
+    assert read_back == replace(callback, source_header={}, source_body=b"")
+    assert read_back.notes == ()
+
+
+@given(st.binary() | st.text().map(str.encode), st.integers(0, 60))
+@fuzz
+def test_the_source_is_taken_out_of_any_bytes(envelope: bytes, at: int) -> None:
+    without_source(envelope)
+    secret = b'"sourceHeader":{"Authorization":["Bearer sk-1"]}'
+    assert b"sk-1" not in without_source(envelope[:at] + secret + envelope[at:])
+    assert b"sk-1" not in without_source(b"\x00" + envelope[:at] + secret)
+
+
+def test_an_envelope_that_is_large_is_gone_through_once() -> None:
+    deep = b"[" * 200_000 + b'{"sourceBody":"' + b"k" * 1_000_000
+    assert without_source(deep) == b"[" * 200_000 + b'{"sourceBody": null'
+
+
 # --- what it means -------------------------------------------------------------------------------
 
 
@@ -310,6 +389,11 @@ def test_whatever_was_read_is_read_again_the_same(fields: dict[str, Any]) -> Non
         ({"status": 500, "retried": 3, "maxRetries": 3}, False, False, True),
         ({"status": 500, "retried": 0, "maxRetries": 0}, False, False, True),
         ({"status": -1, "retried": 0, "maxRetries": 3}, False, False, False),
+        # How many follow is not said, or not in numbers: the failure callback will say.
+        ({"status": 500, "retried": 0}, False, False, False),
+        ({"status": 500, "retried": 7, "maxRetries": "three"}, False, False, False),
+        ({"status": 500, "retried": 7, "maxRetries": -1}, False, False, False),
+        ({"status": 500, "retried": 0, "dlqId": "1-0"}, False, True, True),
         # After a 489 retries are left, and only the failure callback knows that none follows.
         ({"status": 489, "retried": 0, "maxRetries": 3}, False, False, False),
         ({"status": 489, "retried": 0, "maxRetries": 3, "dlqId": "1-0"}, False, True, True),

@@ -29,6 +29,7 @@ from django_qstash_llm.qstash import (
     Refused,
     ResponseError,
     TransportError,
+    UnreadableAnswer,
     calls,
 )
 
@@ -193,6 +194,24 @@ def test_an_answer_is_never_retried(
     assert (len(wire.requests), caller.pauses) == (1, [])
 
 
+@pytest.mark.parametrize("cut", [1, 10, 19])
+def test_what_no_error_may_repeat_is_taken_out_before_its_words_are_cut(
+    cut: int, caller: Caller
+) -> None:
+    secret = "sk-0123456789abcdef"
+    wire = saying({"error": "x" * (489 - cut) + secret}, 400)
+    with pytest.raises(ResponseError) as caught:
+        caller.using(transport=wire, redact=lambda text: text.replace(secret, "…")).publish(ONCE)
+    assert "sk" not in str(caught.value) + caught.value.body
+
+
+def test_the_complaint_about_an_answer_repeats_nothing_it_may_not(caller: Caller) -> None:
+    call = calls.Call("GET", "/v2/schedules", int)
+    client = caller.using(transport=saying("sk-1"), redact=lambda text: text.replace("sk-1", "…"))
+    with pytest.raises(UnreadableAnswer, match=r"'…'$"):
+        client.send(call)
+
+
 def test_a_daily_limit_tells_when_it_ends(caller: Caller) -> None:
     wire = saying({}, 429, **{"RateLimit-Limit": "500", "RateLimit-Reset": "1750000000"})
     with pytest.raises(DailyLimitExceeded) as caught:
@@ -336,6 +355,23 @@ def test_a_call_that_may_have_arrived_is_not_made_twice(
     with pytest.raises(TransportError) as caught:
         getattr(caller.using(transport=wire), name)(*args)
     assert (caught.value.is_ambiguous, len(wire.requests), caller.pauses) == (True, 1, [])
+
+
+@pytest.mark.parametrize("then", [httpx.ConnectError("refused"), 401, 429], ids=repr)
+def test_what_may_have_arrived_is_not_said_to_have_never_been_sent(
+    then: Exception | int, caller: Caller
+) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        if len(wire.requests) == 1:
+            raise httpx.ReadError("reset")
+        if isinstance(then, Exception):
+            raise then
+        return httpx.Response(then)
+
+    wire = Wire(answer)
+    with pytest.raises((TransportError, ResponseError)) as caught:
+        caller.using(transport=wire).publish(ONCE)
+    assert caught.value.is_ambiguous
 
 
 @pytest.mark.parametrize(

@@ -332,6 +332,7 @@ def test_batch_items_are_read_as_every_sdk_writes_them(item: Any, message: Messa
             "invalid destination url: endpoint has invalid scheme, add http:// or https://",
         ),
         ({"destination": URL, "queue": 5}, "invalid queue name"),
+        ({"destination": URL, "queue": "a b"}, "invalid queue name"),
         ({"destination": URL, "headers": "a: b"}, "invalid headers"),
         ({"destination": URL, "headers": {"X": 1}}, "invalid X header: not a string"),
         ({"destination": URL, "headers": {"X": ["a", None]}}, "invalid X header: not a string"),

@@ -221,6 +221,37 @@ def test_headers_are_read_as_other_clients_write_them(
             "1 +",
             "invalid Upstash-Callback-Retry-Delay header: unexpected end in expression '1 +'",
         ),
+        (
+            "Upstash-Timeout",
+            "0s",
+            "invalid Upstash-Timeout header: less than 1 ms is no time to answer in; leave it out",
+        ),
+        (
+            "Upstash-Callback-Retries",
+            "9999999999",
+            "invalid Upstash-Callback-Retries header: 9999999999 is not a whole number of at least 0",
+        ),
+        (
+            "Upstash-Label",
+            "é",
+            "invalid Upstash-Label header: 'é' is not a label: ASCII, trimmed, without commas",
+        ),
+        (
+            "Upstash-Redact-Fields",
+            "foo",
+            "invalid Upstash-Redact-Fields header: 'foo' is not body, header or header[Name]",
+        ),
+        (
+            "Upstash-Failure-Callback-Forward-X",
+            "é",
+            "invalid Upstash-Failure-Callback-Forward-X header: "
+            "the value of X is not printable ASCII, trimmed",
+        ),
+        (
+            "Content-Type",
+            "é",
+            "invalid Content-Type header: not printable ASCII",
+        ),
     ],
 )
 def test_a_header_that_cannot_be_read_is_refused_by_its_name(
@@ -430,7 +461,7 @@ def test_a_flow_control_value_that_is_none_is_refused_in_qstashs_words(value: st
             "rate=1,period=1w",
             'invalid Upstash-Flow-Control-Value header: time: unknown unit "w" in duration "1w"',
         ),
-        ("rate=1,period=8d", "invalid flow_control.period header: longer than 7 days"),
+        ("rate=1,period=8d", "invalid Upstash-Flow-Control-Value header: longer than 7 days"),
     ],
 )
 def test_a_period_that_is_none_is_refused(value: str, wire_text: str) -> None:
@@ -453,9 +484,29 @@ def test_a_period_that_is_none_is_refused(value: str, wire_text: str) -> None:
             "Upstash-Flow-Control-Key",
             "invalid Upstash-Flow-Control-Key header: the flow-control key and value go together",
         ),
+        (
+            {"upstash-flow-control-key": "a b", "upstash-flow-control-value": "rate=1"},
+            "Upstash-Flow-Control-Key",
+            "invalid Upstash-Flow-Control-Key header: "
+            "'a b' is not a name: 1 to 256 letters, digits, '_', '-' and '.'",
+        ),
+        (
+            {"upstash-flow-control-key": "k", "upstash-flow-control-value": "rate=1,period=8d"},
+            "Upstash-Flow-Control-Value",
+            "invalid Upstash-Flow-Control-Value header: longer than 7 days",
+        ),
+        (
+            {
+                "upstash-callback-flow-control-key": "k",
+                "upstash-callback-flow-control-value": "rate=1,period=1w",
+            },
+            "Upstash-Callback-Flow-Control-Value",
+            "invalid Upstash-Callback-Flow-Control-Value header: "
+            'time: unknown unit "w" in duration "1w"',
+        ),
     ],
 )
-def test_a_flow_controls_key_and_value_go_together(
+def test_a_flow_control_that_is_none_is_refused_by_its_headers_name(
     headers: dict[str, str], field: str, wire_text: str
 ) -> None:
     with pytest.raises(InvalidOption) as caught:

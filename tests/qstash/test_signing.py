@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 from django_qstash_llm.qstash.exceptions import SignatureError
 from django_qstash_llm.qstash.signing import (
     Claims,
+    difference,
     hash_body,
     is_usable_key,
     sign,
+    url_differences,
     verify,
     verify_token,
 )
@@ -291,8 +293,96 @@ def test_the_refusal_names_both_urls_for_the_log() -> None:
     with pytest.raises(SignatureError) as caught:
         verify(token(), BODY, url="https://internal/", keys=KEYS, now=NOW)
     assert str(caught.value) == (
-        f"signed for '{URL}', but what we published is ['https://internal/']"
+        "host: signed for example.com, published internal; "
+        "path: signed for /llm/callback/7b6e/, published /; "
+        "query: signed for attempt=1, published none "
+        f"(signed for '{URL}', but what we published is ['https://internal/'])"
     )
+
+
+@pytest.mark.parametrize(
+    ("signed_for", "expected"),
+    [
+        ("http://example.com/llm/callback/1/", "scheme: signed for http, published https"),
+        (
+            "https://www.example.com/llm/callback/1",
+            "host: signed for www.example.com, published example.com",
+        ),
+        (
+            "https://EXAMPLE.com/llm/callback/1",
+            "host: signed for EXAMPLE.com, published example.com",
+        ),
+        ("https://example.com:8443/llm/callback/1/", "port: signed for 8443, published none"),
+        ("https://example.com:443/llm/callback/1/", "port: signed for 443, published none"),
+        (
+            "https://example.com/app/llm/callback/1/",
+            "path: signed for /app/llm/callback/1/, published /llm/callback/1/",
+        ),
+        (
+            "https://example.com/llm/callback/1//",
+            "path: signed for /llm/callback/1//, published /llm/callback/1/",
+        ),
+        (
+            "https://example.com/llm/callback/1/?a=1",
+            "query: signed for a=1, published none",
+        ),
+        ("https://example.com/llm/callback/1/#a", "fragment: signed for #a, published none"),
+        (
+            "http://other.test:81/llm/callback/1/",
+            "scheme: signed for http, published https; "
+            "host: signed for other.test, published example.com; "
+            "port: signed for 81, published none",
+        ),
+        ("https://example.com/llm/callback/1/", ""),
+    ],
+)
+def test_a_refusal_says_in_which_part_the_urls_differ(signed_for: str, expected: str) -> None:
+    published = {"https://example.com/llm/callback/1", "https://example.com/llm/callback/1/"}
+    assert difference(signed_for, published) == expected
+
+
+def test_a_trailing_slash_alone_is_called_so() -> None:
+    expected = "trailing slash: signed for one without it, published one with it"
+    assert difference("https://a.test/b", ["https://a.test/b/"]) == expected
+    expected = "trailing slash: signed for one with it, published one without it"
+    assert difference("https://a.test/b/", ["https://a.test/b"]) == expected
+
+
+def test_the_nearest_of_the_published_urls_is_compared_with() -> None:
+    published = ["https://old.test/llm/callback/1/", "http://new.test/app/callback/1/"]
+    assert difference("https://new.test/llm/callback/1/", published) == (
+        "host: signed for new.test, published old.test"
+    )
+    assert difference("https://new.test/", []) == "nothing was published: no base URL is set"
+
+
+def test_the_refusal_tells_no_password_of_a_url() -> None:
+    url = "https://name:canary@example.com/llm/"
+    with pytest.raises(SignatureError) as caught:
+        verify(token(sub=url), BODY, url=url.replace("https", "http"), keys=KEYS, now=NOW)
+    assert "canary" not in str(caught.value)
+    assert str(caught.value).startswith("scheme: signed for https, published http (")
+    other = "https://name:canary2@example.com/llm/"
+    assert url_differences(url, other)[0].part == "spelling"
+    assert "canary" not in difference(url, [other])
+
+
+@given(st.text(max_size=60), st.lists(st.text(max_size=60), max_size=3))
+@fuzz
+def test_any_two_texts_can_be_compared(signed_for: str, published: list[str]) -> None:
+    said = difference(signed_for, published)
+    assert bool(said) is (signed_for not in published)
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize("url", ["//", "https://[::1", "https://[::1]:x/", "x" * 5000, "\n\udc80"])
+def test_a_subject_that_is_no_url_is_refused_as_any_other(url: str) -> None:
+    assert reason(token(sub=url)) == "subject"
+
+
+def test_a_clock_that_is_slow_is_told_by_how_much() -> None:
+    with pytest.raises(SignatureError, match="for another 600 s"):
+        verify(token(), BODY, url=URL, keys=KEYS, now=NOW - 600)
 
 
 # --- the body ------------------------------------------------------------------------------------

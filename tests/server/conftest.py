@@ -4,18 +4,21 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import pytest
-from django.db import OperationalError, connection
+from django.db import OperationalError, connection, connections
 from django.http import HttpResponse
 from django.test import Client
 from django.utils import timezone
 
 from django_qstash_llm.qstash import Callback, verify
+from django_qstash_llm.server import doorbell
 from django_qstash_llm.server.delivery import Engine
 from django_qstash_llm.server.models import LogEntry, Message
+
+T = TypeVar("T")
 
 TOKEN = "the-token-of-these-tests"
 KEYS = ("sig_current-signing-key-of-these-tests", "sig_next-signing-key-of-these-tests")
@@ -141,13 +144,40 @@ class Api:
         return answer.json()["messageId"]
 
 
+def at_once(count: int, work: Callable[[int], T]) -> list[T]:
+    """Everybody begins at the same moment, each with a connection of their own."""
+    start = threading.Barrier(count)
+    results: list[Any] = [None] * count
+
+    def run(number: int) -> None:
+        try:
+            start.wait(10)
+            results[number] = work(number)
+        except Exception as error:  # told to the test below
+            results[number] = error
+        finally:
+            connections.close_all()
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
+    # Nobody is to be rung: eager, that would deliver.
+    with doorbell.listening(threading.Event()):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results
+
+
 def with_dashes(headers: dict[str, str]) -> dict[str, str]:
     return {name.replace("_", "-"): value for name, value in headers.items()}
 
 
 def states(message_id: str) -> list[str]:
     """What the log says became of a message, in order."""
-    entries = LogEntry.objects.filter(message_id=message_id).order_by("pk")
+    entries = LogEntry.objects.filter(message__message_id=message_id).order_by("pk")
     return list(entries.values_list("state", flat=True))
 
 

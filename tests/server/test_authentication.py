@@ -3,8 +3,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from django.test import override_settings
 
-from django_qstash_llm.server.models import LogEntry, Message
+from django_qstash_llm.server import conf
+from django_qstash_llm.server.models import FlowControlKey, LogEntry, Message, Queue
 
 from .conftest import KEYS, TOKEN, Api
 
@@ -25,6 +27,16 @@ PATHS = [
     ("POST", "/v2/queues/q/pause"),
     ("GET", "/v2/keys"),
     ("POST", "/v2/keys/rotate"),
+    ("GET", "/v2/flowControl/k"),
+    ("POST", "/v2/flowControl/k/pause"),
+    ("GET", "/v2/globalParallelism"),
+    ("POST", "/v2/topics/g/endpoints"),
+    ("DELETE", "/v2/topics/g"),
+    ("GET", "/v2/topics"),
+    ("POST", "/v2/schedules/https://a.test"),
+    ("PATCH", "/v2/schedules/s/pause"),
+    ("DELETE", "/v2/schedules/s"),
+    ("GET", "/v2/schedules"),
     ("GET", "/v2/anything"),
 ]
 
@@ -73,3 +85,43 @@ def test_without_a_token_in_the_settings_nobody_gets_in(
     api.token = ""
     assert api.get("/v2/keys", headers={"Authorization": "Bearer "}).status_code == 401
     assert api.get("/v2/keys?qstash_token=").status_code == 401
+
+
+@pytest.mark.parametrize(("method", "path"), PATHS)
+def test_a_read_only_token_reads_and_writes_nothing(
+    api: Api, configure: Callable[..., None], method: str, path: str
+) -> None:
+    configure(READ_ONLY_TOKEN="reader")
+    api.token = "reader"
+    answer = api.call(method, path)
+    if method == "GET" and path != "/v2/keys":
+        assert answer.status_code in {200, 404}
+    else:
+        assert answer.status_code == 403
+        assert answer.json() == {"error": "forbidden: this token is read-only"}
+    assert not Message.objects.exists()
+    assert not Queue.objects.exists()
+    assert not FlowControlKey.objects.exists()
+
+
+def test_a_read_only_token_in_the_query_may_not_publish(
+    api: Api, configure: Callable[..., None]
+) -> None:
+    configure(READ_ONLY_TOKEN="reader")
+    api.token = ""
+    answer = api.post("/v2/publish/https://a.test/p?qstash_token=reader")
+    assert answer.status_code == 403
+    assert not Message.objects.exists()
+
+
+@override_settings(DEBUG=False)
+@pytest.mark.parametrize("name", ["TOKEN", "READ_ONLY_TOKEN"])
+def test_a_token_that_everybody_knows_is_none_outside_debug(
+    api: Api, configure: Callable[..., None], name: str
+) -> None:
+    configure(**{name: conf.DEVELOPMENT_TOKEN})
+    api.token = conf.DEVELOPMENT_TOKEN
+    answer = api.get("/v2/queues")
+    assert (answer.status_code, answer.json()) == (401, INVALID)
+    with override_settings(DEBUG=True):
+        assert api.get("/v2/queues").status_code == 200

@@ -65,18 +65,31 @@ def test_an_unknown_key_is_told_with_what_was_meant() -> None:
         {"LEASE": "x"},
         {"CONCURRENCY": 0},
         {"MAX_RETRIES": "5"},
+        {"HOST_MAP": "a.test=http://localhost"},
+        {"HOST_MAP": {"a.test": "localhost:8000"}},
+        {"HOST_MAP": {"https://a.test": "http://localhost:8000"}},
+        {"HOST_MAP": {5: "http://localhost:8000"}},
     ],
 )
 def test_a_value_that_cannot_be_used_is_an_error(wrong: dict[str, Any]) -> None:
     assert ids(**(OWN | wrong)) == ["qstash_server.E003"]
 
 
-@pytest.mark.parametrize("right", [{"MAX_RETRIES": None}, {"LEASE": 5}, {"TRANSPORT": object()}])
+@pytest.mark.parametrize(
+    "right",
+    [
+        {"MAX_RETRIES": None},
+        {"LEASE": 5},
+        {"TRANSPORT": object()},
+        {"HOST_MAP": {"*": "http://localhost:8000", "a.test:81": "https://b.test/base"}},
+    ],
+)
 def test_a_value_that_can_is_not(right: dict[str, Any]) -> None:
     assert ids(**(OWN | right)) == []
 
 
 @pytest.mark.django_db
 @override_settings(QSTASH_SERVER={}, DEBUG=False)
+@pytest.mark.django_db(databases="__all__")  # others' checks ask each database what it can do
 def test_the_check_is_among_those_that_manage_py_runs() -> None:
     assert "qstash_server.E001" in {message.id for message in run_checks()}

@@ -21,7 +21,7 @@ def command_line() -> Iterator[Callable[..., None]]:
 def test_under_debug_the_identity_is_the_well_known_one() -> None:
     current = conf.current()
     assert current.token == conf.DEVELOPMENT_TOKEN
-    assert current.keys == conf.DEVELOPMENT_KEYS
+    assert current.keys_of("") == conf.DEVELOPMENT_KEYS
     assert current.allow_loopback
 
 
@@ -29,14 +29,14 @@ def test_under_debug_the_identity_is_the_well_known_one() -> None:
 def test_outside_debug_there_is_no_identity_unless_it_is_given() -> None:
     current = conf.current()
     assert current.token == ""
-    assert current.keys is None
+    assert current.keys_of("") is None
     assert not current.allow_loopback
 
 
 @override_settings(DEBUG=True, QSTASH_SERVER={"TOKEN": "mine"})
 def test_the_public_keys_never_stand_beside_a_token_of_ones_own() -> None:
     assert conf.current().token == "mine"
-    assert conf.current().keys is None
+    assert conf.current().keys_of("") is None
 
 
 @override_settings(DEBUG=True, QSTASH_SERVER={})
@@ -45,7 +45,7 @@ def test_the_public_keys_never_stand_beside_a_token_of_the_command_line(
 ) -> None:
     command_line(token="mine")
     assert conf.current().token == "mine"
-    assert conf.current().keys is None
+    assert conf.current().keys_of("") is None
 
 
 def test_settings_are_read_again_when_they_change() -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -66,7 +67,6 @@ def test_a_destination_gets_the_message_as_it_was_published(
         "host": "provider.test",
         "accept": "*/*",
         "accept-encoding": "identity",
-        "connection": "keep-alive",
         "content-length": "7",
         "content-type": "application/octet-stream",
         "authorization": "Bearer sk-1",
@@ -356,6 +356,59 @@ def test_a_compressed_response_is_told_as_what_it_says(
     assert told.header == {"Content-Type": ["application/json"]}
 
 
+def deflated(content: bytes) -> bytes:
+    """Without zlib's header, as some servers understand the word."""
+    packer = zlib.compressobj(wbits=-15)
+    return packer.compress(content) + packer.flush()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "sent", "told", "is_unpacked"),
+    [
+        ("deflate", deflated(b"hello world" * 9), b"hello world" * 9, True),
+        ("deflate", zlib.compress(b"hello world" * 9), b"hello world" * 9, True),
+        ("gzip", b"not packed at all", b"not packed at all", False),
+        ("deflate", b"\xff\xfe not packed", b"\xff\xfe not packed", False),
+        ("gzip", gzip.compress(bytes(99), mtime=0)[:-8] + b"x" * 8, None, False),
+        ("gzip", gzip.compress(b"hello", mtime=0)[:-8], b"hello", True),
+        ("gzip", b"", b"", True),
+        ("br", b"\x0b", b"\x0b", False),
+    ],
+)
+def test_a_success_is_one_however_its_body_is_packed(
+    api: Api,
+    engine: Engine,
+    wire: Wire,
+    encoding: str,
+    sent: bytes,
+    told: bytes | None,
+    is_unpacked: bool,
+) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        if str(request.url) != PROVIDER:
+            return httpx.Response(200)
+        # In pieces, and as it comes over the wire.
+        return httpx.Response(200, headers={"Content-Encoding": encoding}, stream=InPieces(sent))
+
+    wire.answer = answer
+    message_id = api.published(Upstash_Callback=CALLBACK)
+    engine.deliver_due()
+    assert state(message_id) == "DELIVERED"
+    [callback] = wire.callbacks()
+    assert callback.status == 200
+    assert callback.body == (sent if told is None else told)
+    assert callback.header == ({} if is_unpacked else {"Content-Encoding": [encoding]})
+
+
+class InPieces(httpx.SyncByteStream):
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+    def __iter__(self) -> Iterator[bytes]:
+        for start in range(0, len(self.content), 5):
+            yield self.content[start : start + 5]
+
+
 def test_a_response_full_of_what_databases_hate_is_kept(
     api: Api, engine: Engine, wire: Wire
 ) -> None:
@@ -384,7 +437,7 @@ def test_a_key_leaves_the_database_with_its_message(api: Api, engine: Engine, wi
     message_id = api.published(
         Upstash_Forward_Authorization="Bearer canary", Upstash_Callback=CALLBACK
     )
-    assert "canary" in str(Message.objects.get(message_id=message_id).headers)
+    assert "canary" in str(Message.objects.get(message_id=message_id).secrets)
     engine.deliver_due()
     everything = [str(row) for row in Message.objects.values()]
     everything += [str(row) for row in LogEntry.objects.values()]
@@ -491,7 +544,7 @@ def test_claims_of_a_process_that_is_no_more_are_free_at_once(
     message_id = api.published()
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     host = process_identity().rsplit(":", 2)[0]
-    from django_qstash_llm.server.delivery import _started_at
+    from django_qstash_llm.server.delivery.identity import _started_at
 
     dead = f"{host}:{process.pid}:{_started_at(process.pid)}"
     Message.objects.claim(engine=dead, limit=1, now=clock())
@@ -790,3 +843,13 @@ def test_nobody_listening_is_told_as_a_refused_connection(api: Api, real: Engine
     api.published(f"http://127.0.0.1:{port}/", Upstash_Retries="0")
     real.deliver_due()
     assert DeadLetter.objects.get().error.startswith("ConnectError:")
+
+
+def test_an_address_that_the_network_code_will_not_have_is_a_failed_attempt(
+    api: Api, real: Engine, configure: Callable[..., None]
+) -> None:
+    configure(HOST_MAP={"provider.test": "http://127.0.0.1:0"})
+    message_id = api.published(Upstash_Retries="0")
+    real.deliver_due()
+    assert state(message_id) == "FAILED"
+    assert DeadLetter.objects.get().error == "RuntimeError"

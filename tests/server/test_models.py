@@ -5,51 +5,29 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from io import StringIO
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 from django.core.management import call_command
-from django.db import connections
 from django.utils import timezone
 
 from django_qstash_llm.qstash import Message as WireMessage
 from django_qstash_llm.server import doorbell
-from django_qstash_llm.server.models import DeadLetter, Message, Outcome, Queue, SigningKeys
+from django_qstash_llm.server.models import (
+    Admitted,
+    DeadLetter,
+    Message,
+    Outcome,
+    Queue,
+    SigningKeys,
+)
 
-from .conftest import PROVIDER, Api
-
-T = TypeVar("T")
-
-
-def at_once(count: int, work: Callable[[int], T]) -> list[T]:
-    """Everybody begins at the same moment, each with a connection of their own."""
-    start = threading.Barrier(count)
-    results: list[Any] = [None] * count
-
-    def run(number: int) -> None:
-        try:
-            start.wait(10)
-            results[number] = work(number)
-        except Exception as error:  # told to the test below
-            results[number] = error
-        finally:
-            connections.close_all()
-
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
-    # Nobody is to be rung: eager, that would deliver.
-    with doorbell.listening(threading.Event()):
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    for result in results:
-        if isinstance(result, Exception):
-            raise result
-    return results
+from .conftest import PROVIDER, Api, at_once
 
 
 def accept(*messages: WireMessage) -> Any:
-    return Message.objects.accept(messages, caller_ip="", now=timezone.now())
+    admitted = [Admitted(message) for message in messages]
+    return Message.objects.accept(admitted, account="", caller_ip="", now=timezone.now())
 
 
 def claim(engine: str, limit: int) -> list[str]:
@@ -114,7 +92,7 @@ def test_a_dead_letter_that_is_retried_twice_at_once_is_published_once() -> None
         if letter is None:
             return "gone"
         try:
-            return letter.retry({}, now=timezone.now())
+            return letter.retry({}, now=timezone.now()).message_id
         except Exception as error:
             return type(error).__name__
 

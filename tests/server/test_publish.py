@@ -15,8 +15,8 @@ from django.core.asgi import get_asgi_application
 from django.db import OperationalError
 from django.utils import timezone
 
-from django_qstash_llm.server.models import LogEntry, Message, Queue
-from django_qstash_llm.server.views import answer_to_exception
+from django_qstash_llm.server.models import Admitted, LogEntry, Message, Queue
+from django_qstash_llm.server.views.base import answer_to_exception
 
 from .conftest import CALLBACK, PROVIDER, TOKEN, Api
 
@@ -91,19 +91,19 @@ def test_what_python_sends_for_a_boolean_is_understood(api: Api) -> None:
         ("Upstash-Delay", "-5s", "negative duration"),
         ("Upstash-Retries", "-1", "Upstash-Retries"),
         ("Upstash-Retries", "x", "Upstash-Retries"),
-        ("Upstash-Timeout", "0s", "timeout"),
+        ("Upstash-Timeout", "0s", "invalid Upstash-Timeout header"),
         ("Upstash-Not-Before", "NaN", "Upstash-Not-Before"),
         ("Upstash-Retry-Delay", "__import__('os')", "Upstash-Retry-Delay"),
         ("Upstash-Method", "TRACE", "Upstash-Method"),
-        ("Upstash-Callback", "ftp://a.test", "callback"),
+        ("Upstash-Callback", "ftp://a.test", "Upstash-Callback"),
         ("Upstash-Callback", "https://a.test/../b", "invalid callback url"),
-        ("Upstash-Failure-Callback", "/relative", "callback"),
+        ("Upstash-Failure-Callback", "/relative", "Upstash-Failure-Callback"),
         ("Upstash-Callback", "http://127.0.0.1/", "endpoint resolves to a loopback address"),
-        ("Upstash-Deduplication-Id", "a:b", "deduplication_id"),
-        ("Upstash-Deduplication-Id", "x" * 10_000, "deduplication_id"),
+        ("Upstash-Deduplication-Id", "a:b", "Upstash-Deduplication-Id"),
+        ("Upstash-Deduplication-Id", "x" * 10_000, "Upstash-Deduplication-Id"),
         ("Upstash-Callback-Retries", "many", "Upstash-Callback-Retries"),
         ("Upstash-Content-Based-Deduplication", "yes", "boolean"),
-        ("Upstash-Forward-X", "caf\xe9", "not printable ASCII"),
+        ("Upstash-Forward-X", "caf\xe9", "invalid Upstash-Forward-X header: the value of X is"),
         (
             "Upstash-Flow-Control-Value",
             "rate=1",
@@ -170,8 +170,18 @@ def test_an_encoded_destination_is_refused_where_the_server_tells_the_raw_path(a
     [
         ({"MAX_RETRIES": 5}, {"Upstash-Retries": "6"}, 412, "quota maxRetries exceeded"),
         ({"MAX_RETRIES": 5}, {"Upstash-Callback-Retries": "6"}, 412, "quota maxRetries exceeded"),
+        ({}, {"Upstash-Retries": "101"}, 412, "quota maxRetries exceeded"),
+        ({}, {"Upstash-Retries": "1000000000"}, 412, "quota maxRetries exceeded"),
+        ({}, {"Upstash-Failure-Callback-Retries": "101"}, 412, "quota maxRetries exceeded"),
         ({"MAX_DELAY": 60}, {"Upstash-Delay": "61s"}, 412, "quota maxDelay exceeded"),
         ({}, {"Upstash-Not-Before": "99999999999"}, 412, "quota maxDelay exceeded"),
+        ({}, {"Upstash-Callback-Delay": "10000d"}, 412, "quota maxDelay exceeded"),
+        (
+            {},
+            {"Upstash-Failure-Callback-Not-Before": "99999999999"},
+            412,
+            "quota maxDelay exceeded",
+        ),
         ({}, {"Upstash-Delay": "999999d"}, 400, "Upstash-Delay"),
         ({"MAX_BODY": 4}, {}, 413, "body is larger than 4 bytes"),
         ({}, {f"Upstash-Forward-X-{i}": "v" for i in range(101)}, 400, "more than 100 headers"),
@@ -189,6 +199,12 @@ def test_what_is_too_much_is_refused(
     answer = api.post(f"/v2/publish/{PROVIDER}", b"hello", headers=headers)
     assert (answer.status_code, text in answer.json()["error"]) == (status, True), answer.json()
     assert not Message.objects.exists()
+
+
+def test_retries_may_be_without_limit(api: Api, configure: Callable[..., None]) -> None:
+    configure(MAX_RETRIES=None)
+    api.published(Upstash_Retries="1000000000")
+    assert row().retries == 1_000_000_000
 
 
 def test_a_body_larger_than_djangos_own_limit_is_taken(api: Api) -> None:
@@ -221,10 +237,13 @@ def test_a_timeout_can_only_be_shortened(api: Api, configure: Callable[..., None
 
 def test_headers_that_are_not_to_be_forwarded_are_dropped(api: Api) -> None:
     names = ["Host", "Content-Length", "Transfer-Encoding", "Connection", "Upstash-Signature"]
-    forwarded = {f"Upstash-Forward-{name}": "x" for name in [*names, "X-Kept"]}
+    names += ["Upstash-Message-Id", "Upstash-Retried", "Upstash-Caller-Ip", "Upstash-Region"]
+    names += ["Upstash-Topic-Name", "Upstash-Schedule-Id"]
+    kept = ["X-Kept", "Upstash-Workflow-Sdk-Version"]
+    forwarded = {f"Upstash-Forward-{name}": "x" for name in [*names, *kept]}
     message_id = api.post(f"/v2/publish/{PROVIDER}", headers=forwarded).json()["messageId"]
     header = api.get(f"/v2/messages/{message_id}").json()["header"]
-    assert header == {"X-Kept": ["x"]}
+    assert header == {name: ["x"] for name in kept}
 
 
 def test_asked_for_fields_are_hidden_from_readers_and_not_from_the_row(api: Api) -> None:
@@ -245,7 +264,7 @@ def test_only_post_publishes(api: Api) -> None:
 
 
 def test_an_unknown_path_is_404_in_json_with_and_without_a_slash(api: Api) -> None:
-    for path in ("/v2", "/v2/schedules", "/v2/topics/g", "/v2/messages/"):
+    for path in ("/v2", "/v2/schedule", "/v2/topics/g/x", "/v2/messages/"):
         answer = api.get(path)
         assert (answer.status_code, answer.json()) == (404, {"error": "not found"})
 
@@ -316,7 +335,8 @@ def test_an_id_is_free_again_after_ten_minutes(api: Api) -> None:
 
     def accept(minutes: float) -> Any:
         moment = now + timedelta(minutes=minutes)
-        return Message.objects.accept([message], caller_ip="", now=moment)[0]
+        admitted = [Admitted(message)]
+        return Message.objects.accept(admitted, account="", caller_ip="", now=moment)[0]
 
     first = accept(0)
     assert accept(9.9) == (first.message_id, True, "")
@@ -379,6 +399,15 @@ def test_a_batch_answers_in_order_and_one_bad_item_does_not_touch_the_others(api
     assert [row.message_id for row in rows] == [answers[i]["messageId"] for i in (0, 2, 4)]
     assert [row.queue_name for row in rows] == ["", "", "q"]
     assert LogEntry.objects.count() == 3
+
+
+@pytest.mark.parametrize(
+    "host", ["127\u30020\u30020\u30021", "\uff11\uff12\uff17.0.0.1", "a\u200b.test"]
+)
+def test_a_host_in_disguise_is_refused_in_a_batch(api: Api, host: str) -> None:
+    [answer] = api.post("/v2/batch", [{"destination": f"http://{host}/"}]).json()
+    assert answer == {"error": "invalid destination url: endpoint's host holds what no name does"}
+    assert not Message.objects.exists()
 
 
 def test_duplicates_within_a_batch_are_found(api: Api) -> None:

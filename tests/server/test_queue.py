@@ -160,6 +160,22 @@ def test_a_dead_letter_of_a_queue_is_retried_at_its_end(
     assert order[1:] == [waiting, retried]
 
 
+def test_a_queue_waits_for_no_dead_callback_that_is_retried(
+    api: Api, engine: Engine, wire: Wire
+) -> None:
+    wire.answer = lambda request: httpx.Response(500 if str(request.url) == CALLBACK else 200)
+    api.enqueue("q", Upstash_Callback=CALLBACK, Upstash_Callback_Retries="0")
+    engine.deliver_due()
+    [letter] = api.get("/v2/dlq").json()["messages"]
+    headers = {"Upstash-Retries": "3"}
+    again = api.post(f"/v2/dlq/retry/{letter['dlqId']}", headers=headers).json()["messageId"]
+    engine.deliver_due()
+    assert state(again) == "RETRY"
+    following = api.enqueue("q")
+    engine.deliver_due()
+    assert state(following) == "DELIVERED"
+
+
 def test_the_lag_is_what_is_not_finished(api: Api, engine: Engine, clock: Clock) -> None:
     for _ in range(3):
         api.enqueue("q")

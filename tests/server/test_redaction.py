@@ -17,23 +17,54 @@ from django_qstash_llm.server import redaction
         "Helicone-Auth",
         "X-Auth-Token",
         "api-key",
+        "Proxy-Authorization",
+        "X-Goog-Api-Key",
+        "Ocp-Apim-Subscription-Key",
+        "X-Client-Secret",
+        "Upstash-Forward-Authorization",
     ],
 )
 def test_headers_that_hold_keys_are_known(name: str) -> None:
     assert redaction.is_secret(name)
 
 
-@pytest.mark.parametrize("name", ["Content-Type", "Accept", "Anthropic-Version", "X-Trace"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("Content-Type", "Accept", "Anthropic-Version", "X-Trace", "X-Author", "Idempotency-Key"),
+        *("OpenAI-Organization", "X-Ratelimit-Remaining-Tokens", "X-Monkey", "Sec-Websocket-Key"),
+        *("Upstash-Signature", "X-Secretary", "X-Cookie-Consent", "Authority"),
+    ],
+)
 def test_others_are_shown(name: str) -> None:
     assert not redaction.is_secret(name)
 
 
-def test_of_a_finished_message_only_the_names_of_its_keys_are_left() -> None:
+def test_the_headers_that_hold_keys_are_kept_apart_from_the_others() -> None:
     headers = {"Upstash-Forward-Authorization": "Bearer k", "Upstash-Retries": "2"}
-    assert redaction.scrubbed(headers) == {
-        "Upstash-Forward-Authorization": "REDACTED",
-        "Upstash-Retries": "2",
+    assert redaction.parted(headers) == (
+        {"Upstash-Forward-Authorization": "REDACTED", "Upstash-Retries": "2"},
+        {"Upstash-Forward-Authorization": "Bearer k"},
+    )
+
+
+def test_what_is_to_be_hidden_is_kept_apart_too_with_its_fingerprint_in_its_place() -> None:
+    headers = {
+        "Upstash-Redact-Fields": "body, header[authorization],header[X-Plain]",
+        "Upstash-Forward-Authorization": "Bearer k",
+        "Upstash-Callback-Forward-X-Plain": "v",
+        "Upstash-Forward-X-Other": "o",
     }
+    shown, secrets = redaction.parted(headers)
+    assert secrets == {
+        "Upstash-Forward-Authorization": "Bearer k",
+        "Upstash-Callback-Forward-X-Plain": "v",
+    }
+    assert shown == headers | {
+        "Upstash-Forward-Authorization": redaction.fingerprint(b"Bearer k"),
+        "Upstash-Callback-Forward-X-Plain": redaction.fingerprint(b"v"),
+    }
+    assert redaction.parted(shown) == (shown, {})
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -20,11 +21,16 @@ from typing import Any
 import httpx
 import pytest
 import qstash
+from django.core.management import CommandError, call_command
+from django.test import override_settings
 from qstash.errors import QStashError
 
 from django_qstash_llm.qstash import Callback, Client
 from django_qstash_llm.qstash import Message as WireMessage
 from django_qstash_llm.server import conf
+from django_qstash_llm.server.console import as_line
+from django_qstash_llm.server.management.commands.qstash_server import Command as QStashServer
+from django_qstash_llm.server.management.commands.qstash_server import page_of, warning_about
 from django_qstash_llm.server.models import Message
 from django_qstash_llm.server.serving import Server
 
@@ -139,7 +145,9 @@ def test_the_sdk_reads_logs_and_works_the_dead_letters(sdk: qstash.QStash, wire:
     assert len(page.messages) == 2
     [last] = sdk.dlq.list(cursor=page.cursor).messages
     letter = sdk.dlq.get(last.dlq_id)
-    assert (letter.message_id, letter.response_body) == (failed[2], "busy")
+    assert (letter.message_id, letter.response_body) == (last.message_id, "busy")
+    # They were given up in whatever order their calls came back.
+    assert {each.message_id for each in (*page.messages, last)} == set(failed)
     sdk.dlq.delete(last.dlq_id)
     with pytest.raises(QStashError, match="404"):
         sdk.dlq.get(last.dlq_id)
@@ -274,7 +282,7 @@ class Command:
         self.lines: list[str] = []
         self.reader = threading.Thread(target=self.read)
         self.reader.start()
-        eventually(lambda: "Ctrl-C" in "".join(self.lines) or self.process.poll() is not None, 30)
+        eventually(lambda: "Ctrl-C" in "".join(self.lines) or self.process.poll() is not None, 60)
 
     def read(self) -> None:
         assert self.process.stdout is not None
@@ -312,7 +320,7 @@ def start(db: None) -> Iterator[Start]:
 def test_the_command_is_a_whole_qstash_with_the_well_known_identity(
     start: Start, destination: Destination
 ) -> None:
-    command = start("--json-log")
+    command = start()
     banner = "".join(command.lines)
     environment = dict(re.findall(r"^(QSTASH_\w+)=(.*)$", banner, re.MULTILINE))
     assert environment == {
@@ -337,11 +345,175 @@ def test_the_command_is_a_whole_qstash_with_the_well_known_identity(
         url=f"{destination.url}/callback",
     )
     assert command.stop(signal.SIGINT) == 0
-    log = [json.loads(line) for line in command.lines if line.startswith("{")]
-    assert log == [
-        {"method": "POST", "path": f"/v2/publish/{destination.url}/provider", "status": "200"}
-    ]
     assert command.lines[-1] == "stopped\n"
+    log = "".join(command.lines).partition("Ctrl-C.\n")[2]
+    assert re.sub(r"msg_\w+", "msg", re.sub(r"in \d+ ms", "in n ms", log)).splitlines() == [
+        f"POST /v2/publish/{destination.url}/provider 200",
+        f"msg -> {destination.url}/provider 200 in n ms",
+        f"msg -> {destination.url}/callback 200 in n ms",
+        "stopped",
+    ]
+
+
+def test_the_banner_says_where_to_look_and_who_else_is_known(start: Start) -> None:
+    command = start("--map", "api.example.com=http://localhost:9", "--map", "*=http://[::1]:8/b")
+    assert command.stop() == 0
+    banner = "".join(command.lines)
+    assert f"Look at what it does: {command.url}/\n" in banner
+    assert "The accounts testUser1, testUser2, testUser3 have tokens and keys" in banner
+    assert "What is for api.example.com goes to http://localhost:9.\n" in banner
+    assert "What is for any other host goes to http://[::1]:8/b.\n" in banner
+    assert "WARNING" not in banner
+
+
+def test_a_program_can_read_every_line(start: Start, destination: Destination) -> None:
+    command = start("--json-log")
+    with connected(command.url, conf.DEVELOPMENT_TOKEN) as sdk:
+        published = sdk.message.publish(
+            url=f"{destination.url}/provider?key=canary", body="x", retries=0
+        )
+        failed = sdk.message.publish(url="http://127.0.0.1:1/", body="x", retries=0)
+    eventually(lambda: sum('"attempt"' in line for line in command.lines) == 2)
+    httpx.get(f"{command.url}/v2/queues?qstash_token={conf.DEVELOPMENT_TOKEN}")
+    httpx.get(f"{command.url}/page/fragment")
+    assert command.stop() == 0
+    assert "canary" not in "".join(command.lines)
+    assert conf.DEVELOPMENT_TOKEN not in "".join(command.lines[1:])
+    listening, *events, stopped = map(json.loads, command.lines)
+    assert [event.pop("time")[:2] for event in (listening, stopped)] == ["20"] * 2
+    assert stopped == {"event": "stopped"}
+    assert listening == {
+        "event": "listening",
+        "environment": {
+            "QSTASH_URL": command.url,
+            "QSTASH_TOKEN": conf.DEVELOPMENT_TOKEN,
+            "QSTASH_CURRENT_SIGNING_KEY": conf.DEVELOPMENT_KEYS.current,
+            "QSTASH_NEXT_SIGNING_KEY": conf.DEVELOPMENT_KEYS.next,
+        },
+        "accounts": ["testUser1", "testUser2", "testUser3"],
+        "map": {},
+        "page": f"{command.url}/",
+        "stop": "Ctrl-C",
+    }
+    requests = [event for event in events if event["event"] == "request"]
+    assert [(event["method"], event["path"], event["status"]) for event in requests] == [
+        ("POST", f"/v2/publish/{destination.url}/provider", 200),
+        ("POST", "/v2/publish/http://127.0.0.1:1/", 200),
+        ("GET", "/v2/queues", 200),
+    ]
+    assert all(0 <= event["ms"] < 30_000 and event["time"] for event in events)
+    attempts = {event["messageId"]: event for event in events if event["event"] == "attempt"}
+    arrived, lost = (attempts[each.message_id] for each in (published, failed))
+    assert (arrived["url"], arrived["status"]) == (f"{destination.url}/provider", 200)
+    assert (arrived["error"], arrived["retried"]) == ("", 0)
+    assert lost["status"] == -1
+    assert lost["error"].startswith("ConnectError")
+
+
+def test_what_is_for_a_mapped_host_goes_elsewhere_and_keeps_its_name(
+    start: Start, destination: Destination
+) -> None:
+    command = start("--map", f"*.=x={destination.url}", "--map", f"*={destination.url}/base")
+    assert command.end() == 1
+    assert "--map: '*.' is no host" in "".join(command.lines)
+    command = start("--map", f"*={destination.url}/base")
+    with connected(command.url, conf.DEVELOPMENT_TOKEN) as sdk:
+        sdk.message.publish(
+            url="https://provider.test/a?b=c", body="x", callback="https://site.test/callback"
+        )
+    eventually(lambda: destination.paths() == ["/base/a?b=c", "/base/callback"])
+    for (_, headers, body), url in zip(
+        destination.seen,
+        ("https://provider.test/a?b=c", "https://site.test/callback"),
+        strict=True,
+    ):
+        qstash.Receiver(*_development_keys()).verify(
+            signature=headers["Upstash-Signature"], body=body.decode(), url=url
+        )
+    told = json.loads(destination.seen[1][2])
+    assert told["url"] == "https://provider.test/a?b=c"
+    assert command.stop() == 0
+    assert " -> https://provider.test/a 200" in "".join(command.lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("--map", "api.example.com"), "--map api.example.com has no '='"),
+        (("--map", "api.example.com=localhost"), "has no http or https URL to go to"),
+        (("--port", "70000"), "there is no port 70000"),
+    ],
+)
+def test_the_command_says_what_is_wrong_with_an_argument(
+    arguments: tuple[str, ...], problem: str, db: None
+) -> None:
+    with pytest.raises(CommandError, match=re.escape(problem)):
+        call_command("qstash_server", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("url", "page", "warns"),
+    [
+        ("http://127.0.0.1:1", "http://127.0.0.1:1/", False),
+        ("http://[::1]:1", "http://[::1]:1/", False),
+        ("http://0.0.0.0:1", "http://127.0.0.1:1/", True),
+        ("http://[::]:1", "http://127.0.0.1:1/", True),
+        ("http://192.168.1.5:1", "", True),
+    ],
+)
+def test_others_are_warned_of_and_not_shown_the_page(url: str, page: str, warns: bool) -> None:
+    assert page_of(url) == page
+    with override_settings(QSTASH_SERVER={"TOKEN": conf.DEVELOPMENT_TOKEN}):
+        assert bool(warning_about(url)) is warns
+    with override_settings(QSTASH_SERVER={"TOKEN": "own"}):
+        assert warning_about(url) == ""
+
+
+def test_who_stops_reading_the_log_stops_no_delivery() -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    command = QStashServer(stdout=Gone())
+    command.is_json = True
+    command.say({"event": "request", "method": "GET", "path": "/", "status": 200, "seconds": 0})
+
+
+@pytest.mark.parametrize(
+    ("event", "line"),
+    [
+        (
+            {"event": "request", "method": "GET", "path": "/v2/dlq", "status": 200, "seconds": 1},
+            "GET /v2/dlq 200",
+        ),
+        (
+            {
+                "event": "attempt",
+                "message_id": "msg_1",
+                "url": "https://a.test/b?key=canary",
+                "status": 503,
+                "error": "",
+                "retried": 0,
+                "seconds": 0.0123,
+            },
+            "msg_1 -> https://a.test/b 503 in 12 ms",
+        ),
+        (
+            {
+                "event": "attempt",
+                "message_id": "msg_1",
+                "url": "https://a.test/b",
+                "status": -1,
+                "error": "ReadTimeout: no response within 5 s",
+                "retried": 2,
+                "seconds": 5,
+            },
+            "msg_1 -> https://a.test/b ReadTimeout: no response within 5 s (retry 2) in 5000 ms",
+        ),
+    ],
+)
+def test_an_event_as_a_line(event: dict[str, Any], line: str) -> None:
+    assert as_line(event) == line
 
 
 def _development_keys() -> tuple[str, str]:

@@ -30,6 +30,8 @@ def target(path: str, raw: str = "", **meta: str) -> Target:
         ("/q/v2/publish/https://a.test/p?x", "https://a.test/p?x"),
         ("/q/v2/publish/https://a.test/v2/publish/b", "https://a.test/v2/publish/b"),
         ("/q/v2/publish/api/llm", "api/llm"),
+        ("/q/v2/publish/api/llm?x=1", "api/llm"),
+        ("/q/v2/publish/a-group?hub=1&upstash-delay=1s", "a-group"),
     ],
 )
 def test_the_destination_is_read_off_the_raw_request_line(raw: str, destination: str) -> None:

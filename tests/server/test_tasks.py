@@ -8,12 +8,15 @@ from typing import Any
 import httpx
 import pytest
 from celery import Celery, current_app
+from django.db import connection
 from django.utils import timezone
 
-from django_qstash_llm.server import doorbell, tasks
+from django_qstash_llm.server import doorbell, retention, tasks
+from django_qstash_llm.server.delivery import Engine
 from django_qstash_llm.server.models import DeadLetter, Deduplication, LogEntry, Message
 
 from .conftest import CALLBACK, PROVIDER, Api, Clock, Wire, state
+from .test_delivery import eventually
 
 
 def test_the_tasks_have_names_that_routes_and_beat_can_rely_on() -> None:
@@ -104,8 +107,6 @@ def test_an_engine_in_this_process_hears_the_bell_and_celery_does_not(
 
 @pytest.mark.django_db(transaction=True)
 def test_a_worker_drains_with_many_calls_in_flight(api: Api, wire: Wire) -> None:
-    from django_qstash_llm.server.delivery import Engine
-
     everybody = threading.Barrier(10)
 
     def answer(request: httpx.Request) -> httpx.Response:
@@ -150,13 +151,67 @@ def test_the_sweep_clears_out_what_is_too_old_and_no_more(
     age(hours=23)
     assert set(Message.objects.values_list("message_id", flat=True)) == {dead, done, waiting}
     assert not Deduplication.objects.exists()
+    assert api.get(f"/v2/messages/{done}").status_code == 200
     age(hours=25)
-    assert set(Message.objects.values_list("message_id", flat=True)) == {dead, waiting}
+    assert api.get(f"/v2/messages/{done}").status_code == 404
+    assert bytes(Message.objects.get(message_id=done).body) == b""
+    assert bytes(Message.objects.get(message_id=dead).body) == b"hello"
     assert LogEntry.objects.exists()
     age(days=15)
     assert list(Message.objects.values_list("message_id", flat=True)) == [waiting]
     assert not DeadLetter.objects.exists()
     assert not LogEntry.objects.exists()
+
+
+def outdated(count: int) -> None:
+    past = timezone.now() - timedelta(days=30)
+    Deduplication.objects.bulk_create(
+        [
+            Deduplication(key=str(number), message_id="msg_1", expires_at=past)
+            for number in range(count)
+        ],
+        batch_size=1000,
+    )
+
+
+def test_a_sweep_goes_on_with_more_than_one_go_takes(db: None) -> None:
+    outdated(20_001)
+    assert retention.purge(timezone.now())
+    assert Deduplication.objects.count() == 1
+    assert not retention.purge(timezone.now())
+    outdated(20_001)
+    tasks.sweep()
+    assert not Deduplication.objects.exists()
+
+
+@pytest.mark.django_db(transaction=True)
+def test_an_engine_goes_on_with_more_than_one_go_takes() -> None:
+    outdated(20_001)
+    engine = Engine()
+    running = threading.Thread(target=engine.run)
+    running.start()
+    try:
+        # Not in a minute.
+        eventually(lambda: not Deduplication.objects.exists())
+    finally:
+        engine.stop()
+        running.join()
+        engine.close()
+
+
+def test_an_id_that_is_taken_over_while_ids_are_purged_stays(api: Api) -> None:
+    first = api.published(Upstash_Deduplication_Id="one")
+    past = timezone.now() - timedelta(minutes=1)
+    Deduplication.objects.update(expires_at=past)
+
+    def take_over(execute: Any, sql: str, params: Any, many: bool, context: Any) -> Any:
+        if sql.startswith("DELETE"):
+            Deduplication.objects.update(expires_at=timezone.now() + timedelta(minutes=9))
+        return execute(sql, params, many, context)
+
+    with connection.execute_wrapper(take_over):
+        retention.purge(timezone.now())
+    assert Deduplication.objects.get().message_id == first
 
 
 def test_a_finished_message_stays_while_its_callback_is_under_way(api: Api, wire: Wire) -> None:

@@ -4,27 +4,43 @@ import argparse
 from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError
+from django.db import router
+from django.utils import timezone
 
 from ... import triggers
 from ...exceptions import ConfigurationError
+from ...models import CallbackResponse, LLMRequest
 from ...models.outbox import Outbox
+from ...models.reconciler import Reconciler
 
 
 class Command(BaseCommand):
     help = (
-        "Submits what is pending and announces what is finished, here and now, without Celery. "
+        "Submits what is pending, reads stored callbacks again that could not be read, asks QStash "
+        "about what is overdue and announces what is finished, here and now, without Celery. "
         "For cron on sites without Celery beat, and for after a broker was lost."
     )
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--database", default="default", help="Alias of the database to sweep.")
+        parser.add_argument(
+            "--database",
+            default=router.db_for_write(LLMRequest),
+            help="Alias of the database to sweep.",
+        )
 
     def handle(self, *args: Any, database: str, **options: Any) -> None:
-        outbox = Outbox(database)
-        announced = 0
+        outbox, reconciler = Outbox(database), Reconciler(database)
+        receipts = CallbackResponse.objects.using(database)
+        applied = asked = announced = 0
         try:
             while outbox.submit():
                 pass
+            while read := receipts.apply_due(now=timezone.now()):
+                applied += read
+            while inquiries := reconciler.reconcile():
+                asked += inquiries
+                if reconciler.problem:
+                    break
         except ConfigurationError as error:
             raise CommandError(str(error)) from error
         while told := triggers.announce(database):
@@ -33,5 +49,11 @@ class Command(BaseCommand):
         self.stdout.write(
             f"{outbox.submitted} submitted, {announced} announced, {waiting} still pending."
         )
+        self.stdout.write(
+            f"{applied} callbacks read again. {asked} overdue: {reconciler.recovered} recovered, "
+            f"{reconciler.failed} failed, {reconciler.lost} lost, {reconciler.waiting} waiting."
+        )
+        if reconciler.problem:
+            self.stderr.write(f"Some could not be asked about: {reconciler.problem}")
         if outbox.problem:
             raise CommandError(f"Some could not be submitted: {outbox.problem}")

@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 from django.db import models
 
 from ...qstash import Message as WireMessage
+from .chunks import in_chunks
 
 WINDOW = timedelta(minutes=10)
 
@@ -35,7 +36,18 @@ class DeduplicationQuerySet(models.QuerySet["Deduplication"]):
         is_mine = self.filter(key=row.key, message_id=row.message_id).update(
             message_id=message_id, expires_at=now + WINDOW
         )
-        return message_id if is_mine else self.get(key=row.key).message_id
+        if is_mine:
+            return message_id
+        # Somebody else's now, or, if it was cleared out this very moment, nobody's.
+        return self.claim({row.key: message_id}, now=now)[row.key]
+
+    def purge(self, *, now: datetime, chunk: int = 1000) -> bool:
+        """Delete those whose window is closed, a chunk at a time. Whether there may be more."""
+        closed = self.filter(expires_at__lte=now)
+        # Asked again: one may have been taken over since.
+        return in_chunks(
+            closed.order_by("expires_at"), chunk, lambda keys: closed.filter(pk__in=keys).delete()
+        )
 
 
 class Deduplication(models.Model):
@@ -51,15 +63,19 @@ class Deduplication(models.Model):
         return f"{self.key[:12]} is {self.message_id}"
 
 
-def key_of(message: WireMessage) -> str:
-    """What makes two messages the same, or ``""`` when nothing shall. The explicit id wins."""
+def key_of(message: WireMessage, account: str, topic: str = "") -> str:
+    """What makes two messages the same, or ``""`` when nothing shall. The explicit id wins.
+
+    The endpoints of a URL group share an id and are yet told apart.
+    """
+    endpoint = [topic, message.destination] if topic else []
     if message.deduplication_id:
-        return _digest("id", message.deduplication_id)
+        return _digest("id", account, *endpoint, message.deduplication_id)
     if not message.options.content_based_deduplication:
         return ""
     headers = sorted(message.options.headers.items())
     parts = [message.destination, message.options.content_type, *map(":".join, headers)]
-    return _digest("content", *parts, message.body)
+    return _digest("content", account, *parts, message.body)
 
 
 def _digest(*parts: str | bytes) -> str:

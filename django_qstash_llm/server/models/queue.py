@@ -5,7 +5,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from django.db import models, transaction
-from django.db.models import Count, Exists, OuterRef, Subquery
+from django.db.models import Count, OuterRef, Subquery
 from django.db.models.functions import Coalesce
 
 from ...qstash import Queue as QueueRecord
@@ -20,20 +20,31 @@ def milliseconds(moment: datetime) -> int:
 
 
 class QueueQuerySet(models.QuerySet["Queue"]):
+    def owned_by(self, account: str) -> QueueQuerySet:
+        return self.filter(account=account)
+
     def standing(self) -> QueueQuerySet:
         return self.filter(deleted_at__isnull=True)
 
-    def named(self, names: Iterable[str], *, now: datetime) -> dict[str, Queue]:
+    def named(self, names: Iterable[str], *, account: str, now: datetime) -> dict[str, Queue]:
         """These queues, made where they do not stand. One that does is not touched."""
         wanted = sorted(set(names))
         if not wanted:
             return {}
-        fresh = [Queue(name=name, created_at=now, updated_at=now) for name in wanted]
+        rows = self.owned_by(account).filter(name__in=wanted)
+        queues = {queue.name: queue for queue in rows.standing()}
+        if len(queues) == len(wanted):
+            return queues
+        fresh = [
+            Queue(account=account, name=name, created_at=now, updated_at=now)
+            for name in wanted
+            if name not in queues
+        ]
         self.bulk_create(fresh, ignore_conflicts=True)
-        self.filter(name__in=wanted, deleted_at__isnull=False).update(
+        rows.filter(deleted_at__isnull=False).update(
             deleted_at=None, parallelism=1, is_paused=False, created_at=now, updated_at=now
         )
-        return {queue.name: queue for queue in self.filter(name__in=wanted)}
+        return {queue.name: queue for queue in rows}
 
     def with_lag(self) -> QueueQuerySet:
         """Each with ``lag``: how many of its messages are not finished."""
@@ -41,10 +52,17 @@ class QueueQuerySet(models.QuerySet["Queue"]):
         lag = Coalesce(Subquery(started), 0) + Coalesce(Subquery(in_line), 0)
         return self.annotate(lag=lag)  # type: ignore[no-redef]
 
+    def waited_for(self) -> QueueQuerySet:
+        """Queues in which somebody waits whom no pause holds."""
+        from .message import Message
+
+        line = Message.objects.in_line().filter(queue=OuterRef("pk"))
+        return self.filter(line.first_exists(), is_paused=False)
+
     def with_room(self) -> QueueQuerySet:
         """Queues in which somebody waits and a place is free, at a glance: nothing is locked."""
-        started, in_line, telling = _counts()
-        return self.filter(Exists(in_line), is_paused=False).filter(
+        started, _, telling = _counts()
+        return self.waited_for().filter(
             parallelism__gt=Coalesce(Subquery(started), 0) + Coalesce(Subquery(telling), 0)
         )
 
@@ -63,7 +81,8 @@ class Queue(models.Model):
     """Messages that go one after the other: the next starts when the one before, its retries
     and its callbacks are done with."""
 
-    name = models.CharField(max_length=256, unique=True)
+    account = models.CharField(max_length=64, blank=True, default="", editable=False)
+    name = models.CharField(max_length=256)
     parallelism = models.PositiveIntegerField(default=1)
     is_paused = models.BooleanField(default=False)
     created_at = models.DateTimeField()
@@ -75,6 +94,9 @@ class Queue(models.Model):
 
     class Meta:
         ordering = ["name"]
+        constraints = [
+            models.UniqueConstraint(fields=["account", "name"], name="qstash_server_queue_name")
+        ]
 
     def __str__(self) -> str:
         return self.name
@@ -92,8 +114,10 @@ class Queue(models.Model):
         busy = self.mine.started().count() + self.mine.waiting_for_their_callbacks().count()
         return max(0, self.parallelism - busy)
 
-    def set_up(self, *, parallelism: int, is_paused: bool, now: datetime) -> None:
-        self._change(now=now, parallelism=parallelism, is_paused=is_paused)
+    def set_up(self, *, parallelism: int | None, is_paused: bool, now: datetime) -> None:
+        """``parallelism`` None is as it is."""
+        changes = {} if parallelism is None else {"parallelism": parallelism}
+        self._change(now=now, is_paused=is_paused, **changes)
 
     def pause(self, *, now: datetime) -> None:
         """Deliver nothing, go on accepting. What is in flight may finish."""
@@ -111,7 +135,9 @@ class Queue(models.Model):
         """Delete the queue, and with it what waits in it."""
         with transaction.atomic():
             self.mine.cancel(now=now)
-            Queue.objects.filter(pk=self.pk).update(deleted_at=now, updated_at=now)
+            # Not paused: what is enqueued at this very moment would wait for ever.
+            rows = Queue.objects.filter(pk=self.pk)
+            rows.update(deleted_at=now, is_paused=False, updated_at=now)
 
     lag: int
     """Of a queue that was fetched ``with_lag``."""

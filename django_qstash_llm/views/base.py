@@ -1,0 +1,67 @@
+"""What our doors have in common: they take nothing from the host site, which has its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from rest_framework.negotiation import BaseContentNegotiation
+from rest_framework.parsers import BaseParser
+from rest_framework.renderers import BaseRenderer, JSONRenderer
+from rest_framework.request import Request
+from rest_framework.views import APIView, exception_handler
+
+View = TypeVar("View", bound=Callable[..., Any])
+
+
+class OwnRenderer(BaseContentNegotiation):
+    """Our first renderer, whatever ``Accept`` says: QStash reads the status only."""
+
+    def select_parser(self, request: Request, parsers: Iterable[BaseParser]) -> BaseParser | None:
+        return None
+
+    def select_renderer(
+        self, request: Request, renderers: Iterable[BaseRenderer], format_suffix: str | None = None
+    ) -> tuple[BaseRenderer, str]:
+        renderer = next(iter(renderers))
+        return renderer, renderer.media_type or ""
+
+
+class OwnJSON(JSONRenderer):
+    compact = True
+    strict = True
+    ensure_ascii = False
+
+
+class OwnView(APIView):
+    """A view to which the host site's ``REST_FRAMEWORK`` means nothing."""
+
+    authentication_classes: Any = ()
+    permission_classes = ()
+    throttle_classes = ()
+    parser_classes = ()
+    renderer_classes = (OwnJSON,)
+    content_negotiation_class = OwnRenderer
+    versioning_class = None
+    metadata_class = None
+    schema = None
+
+    def perform_authentication(self, request: Request) -> None:
+        """Nobody is looked up before somebody asks who it is: there may be no database."""
+
+    def get_exception_handler(self) -> Any:
+        return exception_handler
+
+
+class _EveryDatabase(set[str]):
+    def __contains__(self, alias: object) -> bool:
+        return True
+
+
+def outside_transactions(view: View) -> View:
+    """``ATOMIC_REQUESTS`` is not for this view, on whichever database it stands.
+
+    ``transaction.non_atomic_requests`` takes one alias, and ours is for a router to say.
+    """
+    view._non_atomic_requests = _EveryDatabase()  # type: ignore[attr-defined]
+    return view
