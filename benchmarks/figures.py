@@ -28,6 +28,12 @@ def at_least(
     return Figure(name, value, unit, baseline, ratio, f">= {goal:g}x", ratio >= goal)
 
 
+def no_more_than(name: str, value: float, baseline: float, goal: float, unit: str = "ms") -> Figure:
+    """A time that should be ``goal`` times the baseline's, or less."""
+    ratio = value / baseline
+    return Figure(name, value, unit, baseline, ratio, f"<= {goal:g}x", ratio <= goal)
+
+
 def at_most(name: str, value: float, goal: float, unit: str) -> Figure:
     """A count that should not exceed ``goal``, which is its own baseline."""
     return Figure(name, value, unit, goal, value / goal, f"<= {goal:g}", value <= goal)
@@ -52,5 +58,9 @@ def show(figures: list[Figure], *, as_json: bool) -> None:
     for f in figures:
         print(
             f"{f.name:<62} {f.ratio:>8.2f}x {f.goal:>9} {'yes' if f.holds else 'NO':>6}"
-            f"   {f.value:,.0f} {f.unit}, {f.baseline:,.0f}"
+            f"   {_absolute(f.value)} {f.unit}, {_absolute(f.baseline)}"
         )
+
+
+def _absolute(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:,.3g}"

@@ -1,0 +1,3 @@
+"""An app with a model and a trigger, whose handler leaves a row for each time it ran."""
+
+from __future__ import annotations
