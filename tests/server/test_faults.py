@@ -186,7 +186,6 @@ def assert_rate_is_kept(key: str, rate: int, period: int) -> None:
 # --- killed ----------------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(300)
 def test_workers_killed_twenty_times_lose_nothing_and_call_twice_only_what_they_held(
     site: Site,
 ) -> None:
@@ -247,7 +246,6 @@ def one_that_works(workers: list[Worker]) -> Worker:
     return working[-1]
 
 
-@pytest.mark.timeout(120)
 def test_a_message_that_kills_its_worker_ends_as_a_dead_letter_and_its_neighbours_arrive(
     site: Site,
 ) -> None:
@@ -286,7 +284,6 @@ def test_a_message_that_kills_its_worker_ends_as_a_dead_letter_and_its_neighbour
 # --- asleep ----------------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(120)
 def test_a_worker_that_slept_through_its_lease_overwrites_nothing(site: Site) -> None:
     batch = Batch(site)
     # Its answers, had they counted: a 500 and another attempt.
@@ -326,7 +323,6 @@ def test_a_worker_that_slept_through_its_lease_overwrites_nothing(site: Site) ->
         assert heard == {(0, 200, f"answer {good.number}")}
 
 
-@pytest.mark.timeout(120)
 def test_calls_that_outlast_the_lease_are_made_once_while_their_worker_lives(site: Site) -> None:
     batch = Batch(site)
     batch.add(30, latency=4)
@@ -347,7 +343,6 @@ def test_calls_that_outlast_the_lease_are_made_once_while_their_worker_lives(sit
 # --- asked to end ----------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(120)
 def test_a_worker_that_is_asked_to_end_finishes_what_it_can_and_leaves_the_rest(
     site: Site,
 ) -> None:
@@ -382,7 +377,6 @@ def test_a_worker_that_is_asked_to_end_finishes_what_it_can_and_leaves_the_rest(
 # --- cut off ---------------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(120)
 def test_a_redis_that_comes_back_empty_costs_no_message_and_no_call(site: Site) -> None:
     batch = Batch(site)
     batch.add(150, latency=0.1, key="wide", limit="parallelism=10")
@@ -416,7 +410,6 @@ def test_a_redis_that_comes_back_empty_costs_no_message_and_no_call(site: Site) 
     assert calls_too_many(site.ledger, deaths) <= sum(len(death.held) for death in deaths)
 
 
-@pytest.mark.timeout(120)
 def test_workers_whose_database_connections_are_cut_write_down_what_they_heard(
     site: Site,
 ) -> None:

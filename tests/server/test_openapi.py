@@ -241,6 +241,7 @@ class Failures(dict[str, str]):
 
 
 @pytest.mark.once
+@pytest.mark.timeout(900)
 @pytest.mark.django_db(transaction=True)
 # It shows an example that failed, however long.
 @pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisWarning")
