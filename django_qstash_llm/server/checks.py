@@ -10,7 +10,7 @@ from django.core.checks import CheckMessage, Error
 
 from ..qstash.options import NAME
 from ..qstash.signing import SHORTEST_KEY, is_usable_key
-from . import conf
+from . import conf, metering
 from .destinations import problem_with_mapping
 from .exceptions import ConfigurationError
 
@@ -23,7 +23,7 @@ def check_settings(
     except ConfigurationError as error:
         return [Error(str(error), id="qstash_server.E003")]
     wrong: list[CheckMessage] = [*_unknown(given), *_mistyped(given), *_half(given)]
-    return wrong or [*_accounts(given), *_host_map(given)] or _identity()
+    return wrong or [*_accounts(given), *_host_map(given), *_gate_limits(given)] or _identity()
 
 
 def _accounts(given: dict[str, Any]) -> Iterator[CheckMessage]:
@@ -60,6 +60,38 @@ def _host_map(given: dict[str, Any]) -> Iterator[CheckMessage]:
     for host, base in given.get("HOST_MAP", {}).items():
         if problem := problem_with_mapping(host, base):
             yield Error(f"QSTASH_SERVER['HOST_MAP']: {problem}.", id="qstash_server.E003")
+
+
+def _gate_limits(given: dict[str, Any]) -> Iterator[CheckMessage]:
+    for place, limits in given.get("GATE_LIMITS", {}).items():
+        where = f"QSTASH_SERVER['GATE_LIMITS'][{place!r}]"
+        if not isinstance(place, str) or not isinstance(limits, dict):
+            yield Error(
+                f"{where} is a host, or host/model, and a dictionary.", id="qstash_server.E003"
+            )
+        elif unknown := sorted(map(str, set(limits) - metering.LIMITS)):
+            yield Error(
+                f"{where} has no {', '.join(unknown)}.",
+                hint=f"There are {', '.join(sorted(metering.LIMITS))}.",
+                id="qstash_server.E004",
+            )
+        elif wrong := [name for name, value in limits.items() if not _is_limit(name, value)]:
+            yield Error(
+                f"{where}: {', '.join(wrong)} must be more than 0 (GROUP is a name).",
+                id="qstash_server.E003",
+            )
+        elif "://" in place or (place.lower() != place and "/" not in place):
+            yield Error(
+                f"{where} names a host as api.openai.com, in small letters, or host/model.",
+                id="qstash_server.E003",
+            )
+
+
+def _is_limit(name: str, value: Any) -> bool:
+    if name == "GROUP":
+        return isinstance(value, str) and bool(value)
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    return value > 0 if is_whole or (name != "CONCURRENCY" and isinstance(value, float)) else False
 
 
 def _identity() -> list[CheckMessage]:

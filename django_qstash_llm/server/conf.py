@@ -121,6 +121,16 @@ class ServerSettings:
     """Host -> base URL that is called in its place; ``*`` is every host. For development: message,
     signature and logs keep the public name."""
 
+    gates: bool = True
+    """Whether messages that ask a model, with a credential, wait for their provider's limits: learnt
+    from its answers, shared by all engines. False is QStash's plain way, which finds out by failing."""
+    gate_limits: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
+    """Host, or ``host/model`` -> what is known of its limits and held whatever is learnt: ``RPM``,
+    ``TPM`` (a minute's requests and tokens), ``CONCURRENCY`` (calls at once), and ``GROUP``, the name
+    under which models share theirs."""
+    gate_patience: int = DAY
+    """Seconds after it was due in which a provider's refusals cost a message none of its retries."""
+
     engine: str = "celery"
     """Who is rung when something is to be delivered and no engine runs in this process:
     ``celery`` sends the task ``qstash_server.deliver``; ``thread`` rings nobody, for sites where
@@ -239,7 +249,7 @@ def _forget(*, setting: str, **kwargs: Any) -> None:
 def expected_type(name: str) -> type | tuple[type, ...]:
     """What a value of the setting ``name`` must be, going by its default."""
     default = KNOWN[name].default
-    if name in {"ACCOUNTS", "HOSTED_MODELS", "HOST_MAP"}:
+    if name in {"ACCOUNTS", "GATE_LIMITS", "HOSTED_MODELS", "HOST_MAP"}:
         return dict
     if default is MISSING or name == "TRANSPORT":
         return object

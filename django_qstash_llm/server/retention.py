@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 
 from . import conf
-from .models import DeadLetter, Deduplication, FlowControlKey, LogEntry, Message
+from .models import DeadLetter, Deduplication, FlowControlKey, Gate, LogEntry, Message
 
 
 def purge(now: datetime) -> bool:
@@ -22,4 +22,5 @@ def purge(now: datetime) -> bool:
         Deduplication.objects.purge(now=now),
     ]
     FlowControlKey.objects.purge(before=finished_before)
+    Gate.objects.purge(before=finished_before)
     return any(are_left)

@@ -4,6 +4,7 @@ from .dead_letter import DeadLetter
 from .deduplication import Deduplication
 from .ending import Outcome
 from .flow_control import FlowControlKey
+from .gate import Gate
 from .log_entry import LogEntry
 from .message import Admitted, Message
 from .queue import Queue
@@ -17,6 +18,7 @@ __all__ = [
     "Deduplication",
     "Endpoint",
     "FlowControlKey",
+    "Gate",
     "LogEntry",
     "Message",
     "Outcome",

@@ -1,8 +1,8 @@
 """Claims: which messages an engine delivers next, and that no other does.
 
-What is due is found by ``due_at``. What waits its turn, in a queue's line or at a flow-control
-key, is not in that index at all, however many there are: there the queue or the key is asked
-whether it has room, and then for its first.
+What is due is found by ``due_at``. What waits its turn, in a queue's line, at a flow-control key or
+at the gate of a provider's limits, is not in that index at all, however many there are: there the
+queue, the key or the gate is asked whether it has room, and then for its first.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 import random
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from django.db import models, transaction
@@ -20,8 +21,10 @@ from django.db.models import Case, F, Value, When
 from django.db.models.functions import Length
 
 from .. import conf
+from ..pacing import Charge
 from .chunks import within
 from .flow_control import FlowControlKey
+from .gate import Gate
 from .log_entry import LogEntry
 from .queue import Queue
 
@@ -30,10 +33,12 @@ if TYPE_CHECKING:
 
 Rows = TypeVar("Rows", bound="models.QuerySet[Any]")
 
+# As ``Message.Waits`` calls them.
+FLOW_CONTROL, GATE = "flow control", "gate"
 MOST_TO_GATE = 1000
-"""Due messages that are sent to wait at their flow-control keys at a time."""
+"""Due messages that are sent to wait at their flow-control keys, or gates, at a time."""
 MOST_AT_A_GLANCE = 200
-"""Queues, and keys, that are looked at per claim."""
+"""Queues, keys, and gates, that are looked at per claim."""
 MOST_BYTES = 32 * 1024 * 1024
 """Of bodies that one claim reads, and what is over this of the last of them."""
 
@@ -92,17 +97,23 @@ class Claim:
                 self._take_suspect()
         queues = self._pks(_queues_with_room(self.messages))
         keys = self._pks(_keys_with_room(self.messages, self.now))
+        gates = self._pks(_gates_with_room(self.messages, self.now))
         # What is due may be without end. Half is for those whose turn it is.
-        reserved = self.left // 2 if queues or keys else 0
+        reserved = self.left // 2 if queues or keys or gates else 0
         if is_anything_due:
             reserved_bytes = self.bytes_left // 2 if reserved else 0
             self.bytes_left -= reserved_bytes
             self._take_due(self.left - reserved)
             self.bytes_left += reserved_bytes
         if queues and self.has_room:
-            self._begin_lines(queues, max(1, self.left // 2) if keys else self.left)
+            most = max(1, self.left // 2) if keys or gates else self.left
+            if self._begin_lines(queues, most):
+                keys = self._pks(_keys_with_room(self.messages, self.now))
+                gates = self._pks(_gates_with_room(self.messages, self.now))
         if keys and self.has_room:
-            self._take_gated(keys)
+            self._take_from_keys(keys, max(1, self.left // 2) if gates else self.left)
+        if gates and self.has_room:
+            self._take_from_gates(gates)
         if is_anything_due and reserved and self.has_room:
             self._take_due(self.left)
         return self.taken
@@ -111,23 +122,23 @@ class Claim:
     def has_room(self) -> bool:
         return self.left > 0 and self.bytes_left > 0
 
-    def _pks(self, rows: models.QuerySet[Queue] | models.QuerySet[FlowControlKey]) -> list[int]:
+    def _pks(self, rows: models.QuerySet[Any]) -> list[int]:
         pks = list(rows.order_by().values_list("pk", flat=True))
         # Any of them, so that none is always behind the same others.
         return random.sample(pks, min(len(pks), MOST_AT_A_GLANCE))
 
     def _take_due(self, most: int) -> None:
         due = self.messages.trusted().due(self.now).order_by("due_at", "pk")
-        free = due.filter(flow_control__isnull=True)
         with transaction.atomic():
-            self._take(_locked(free, most))
+            self._take(_locked(due.ungated(), most))
 
     def _send_due_to_gate(self) -> None:
-        gated = self.messages.filter(flow_control__isnull=False)
-        if gated.is_anything_due(self.now):
-            due = gated.due(self.now).order_by("due_at", "pk")
-            with transaction.atomic():
-                self._send_to_gate(_locked(due, MOST_TO_GATE))
+        for what in ("flow_control", "gate"):
+            gated = self.messages.filter(**{f"{what}__isnull": False})
+            if gated.is_anything_due(self.now):
+                due = gated.due(self.now).order_by("due_at", "pk")
+                with transaction.atomic():
+                    self._send_to_gate(_locked(due, MOST_TO_GATE))
 
     def _take_suspect(self) -> None:
         """One of those over which engines seem to die."""
@@ -139,8 +150,9 @@ class Claim:
             with transaction.atomic():
                 self._take(_locked(due, 1))
 
-    def _begin_lines(self, queues: Sequence[int], most: int) -> None:
-        """Let those step out of their queue's line whose turn it is."""
+    def _begin_lines(self, queues: Sequence[int], most: int) -> bool:
+        """Let those step out of their queue's line whose turn it is. Whether some of them go on to
+        wait for something else."""
         with transaction.atomic():
             # no_key: whoever enqueues at this moment need not wait for us. Skipped are the queues
             # that another engine looks after at this moment.
@@ -152,27 +164,89 @@ class Claim:
                 # The lock is for those who cancel. What they hold is not waited for: they may wait
                 # for a queue that we hold.
                 firsts += _locked(line, room)
-            self._send_to_gate([each for each in firsts if each.flow_control])
-            self._take([each for each in firsts if not each.flow_control][:most])
+            gated = [each for each in firsts if each.is_gated]
+            self._send_to_gate(gated)
+            self._take([each for each in firsts if not each.is_gated][:most])
+        return bool(gated)
 
-    def _take_gated(self, keys: Sequence[int]) -> None:
+    def _take_from_keys(self, keys: Sequence[int], most: int) -> None:
         with transaction.atomic():
             rows = FlowControlKey.objects.filter(pk__in=keys).order_by("pk")
             firsts: list[Locked] = []
             held = {}
             for key in rows.select_for_update(no_key=True, skip_locked=True):
-                room = min(key.room(self.now), self.left - len(firsts))
+                room = min(key.room(self.now), most - len(firsts))
                 if room > 0:
                     held[key.pk] = key
                     waiting = key.mine.at_their_flow_control().order_by("pk")
                     firsts += _locked(waiting, room)
-            started = Counter(row.flow_control_id for row in self._take(firsts))
-            for pk, key in held.items():
-                if started[pk]:
-                    key.count(started[pk], now=self.now)
+            gates = Gate.objects.locked(each.gate for each in firsts if each.gate)
+            self._count(self._take(self._let_through(firsts, gates), gates), held)
+
+    def _take_from_gates(self, gates: Sequence[int]) -> None:
+        with transaction.atomic():
+            held = Gate.objects.locked(gates)
+            firsts: list[Locked] = []
+            for gate in held.values():
+                room = min(gate.free(self.now), self.left - len(firsts))
+                if room > 0:
+                    firsts += _locked(gate.mine.at_their_gate().order_by("pk"), room)
+            keys = self._keys_of(firsts)
+            passing = self._let_through(self._with_room_at(keys, firsts), held)
+            self._count(self._take(passing, held), keys)
+
+    def _keys_of(self, firsts: Sequence[Locked]) -> dict[int, FlowControlKey]:
+        pks = {each.flow_control for each in firsts if each.flow_control}
+        if not pks:
+            return {}
+        rows = FlowControlKey.objects.filter(pk__in=pks).order_by("pk")
+        return {key.pk: key for key in rows.select_for_update(no_key=True, skip_locked=True)}
+
+    def _with_room_at(
+        self, keys: Mapping[int, FlowControlKey], firsts: Sequence[Locked]
+    ) -> list[Locked]:
+        """Those whose flow-control key has room too. The others wait there, and nobody behind them
+        for them."""
+        rooms = {pk: key.room(self.now) for pk, key in keys.items()}
+        passing, waiting = [], []
+        for each in firsts:
+            if each.flow_control is None:
+                passing.append(each)
+            elif rooms.get(each.flow_control, 0) > 0:
+                rooms[each.flow_control] -= 1
+                passing.append(each)
+            elif each.flow_control in rooms:
+                waiting.append(each)
+        self._wait(waiting, FLOW_CONTROL)
+        return passing
+
+    def _let_through(self, firsts: Sequence[Locked], gates: Mapping[int, Gate]) -> list[Locked]:
+        """Those whose gate lets them. The others wait at it, and nobody behind them for them."""
+        passing = [each for each in firsts if each.gate is None]
+        waiting = []
+        for pk, gate in gates.items():
+            mine = [each for each in firsts if each.gate == pk]
+            count = gate.fitting([each.charge for each in mine], self.now)
+            passing += mine[:count]
+            waiting += mine[count:]
+        self._wait(waiting, GATE)
+        return passing
+
+    def _wait(self, rows: Sequence[Locked], what: str) -> None:
+        from .message import Message
+
+        if rows:
+            Message.objects.filter(pk__in=[each.pk for each in rows]).update(waits_for=what)
+
+    def _count(self, taken: Sequence[Message], keys: Mapping[int, FlowControlKey]) -> None:
+        started = Counter(row.flow_control_id for row in taken)
+        for pk, key in keys.items():
+            if started[pk]:
+                key.count(started[pk], now=self.now)
 
     def _send_to_gate(self, locked: Sequence[Locked]) -> None:
-        """From here on they wait for their flow-control key, and cost nothing while they do."""
+        """From here on they wait for their flow-control key, or the gate of their provider's limits,
+        and cost nothing while they do."""
         from .message import Message
 
         if not locked:
@@ -185,20 +259,32 @@ class Claim:
         Message.objects.filter(pk__in=[row.pk for row in waiting]).update(
             interruptions=_interruptions(),
             state=state_before_attempt(),
-            waits_for=Message.Waits.FLOW_CONTROL,
+            waits_for=Case(
+                When(flow_control__isnull=False, then=Value(FLOW_CONTROL)),
+                default=Value(GATE),
+            ),
             due_at=None,
             claim_token="",
             claimed_by="",
         )
 
-    def _take(self, locked: Sequence[Locked]) -> list[Message]:
-        """Mark them as the engine's, as many as there is room for their bodies. A cancelled one
-        whose engine died is only finished."""
-        from .message import Message
+    def _take(
+        self, locked: Sequence[Locked], gates: Mapping[int, Gate] = MappingProxyType({})
+    ) -> list[Message]:
+        """Mark them as the engine's, as many as there is room for their bodies, and count them at
+        their ``gates``, which are locked. A cancelled one whose engine died is only finished."""
 
         fitting = [each.pk for each in within(locked, self.bytes_left, size=lambda one: one.size)]
-        if not fitting:
-            return []
+        taken = self._mark(fitting) if fitting else []
+        for pk, gate in gates.items():
+            gate.begin([row for row in taken if row.gate_id == pk], now=self.now)
+            gate.look(now=self.now)
+            gate.store(now=self.now)
+        return taken
+
+    def _mark(self, fitting: Sequence[int]) -> list[Message]:
+        from .message import Message
+
         found = Message.objects.select_related("queue").in_bulk(fitting)
         rows = [found[pk] for pk in fitting]
         taken = [row for row in rows if not row.is_cancelling and self._may_take(row)]
@@ -214,12 +300,13 @@ class Claim:
             waits_for=Message.Waits.NOTHING,
             claim_token=token,
             claimed_by=self.engine,
+            claimed_at=self.now,
             due_at=until,
         )
         for row in taken:
             row.interruptions += row.state == Message.State.ACTIVE
             row.state, row.claim_token, row.due_at = Message.State.ACTIVE, token, until
-            row.waits_for = Message.Waits.NOTHING
+            row.waits_for, row.claimed_at = Message.Waits.NOTHING, self.now
         active = LogEntry.State.ACTIVE
         LogEntry.objects.tell(*(LogEntry.of(row, active, now=self.now) for row in taken))
         self.taken += taken
@@ -241,12 +328,22 @@ class Locked(NamedTuple):
     size: int
     """Of its body."""
     flow_control: int | None
+    gate: int | None
+    charge: Charge
+
+    @property
+    def is_gated(self) -> bool:
+        return bool(self.flow_control or self.gate)
 
 
 def _locked(rows: MessageQuerySet, limit: int) -> list[Locked]:
     locked = rows.select_for_update(skip_locked=True, of=("self",))
-    found = locked.values_list("pk", Length("body"), "flow_control")[:limit]
-    return [Locked(*each) for each in found]
+    columns = ("flow_control", "gate", "charge_input", "charge_output")
+    found = locked.values_list("pk", Length("body"), *columns)[:limit]
+    return [
+        Locked(pk, size, key, gate, Charge(float(asked), float(answered)))
+        for pk, size, key, gate, asked, answered in found
+    ]
 
 
 def _interruptions() -> Case:
@@ -277,6 +374,7 @@ def is_anything_to_do(messages: MessageQuerySet, now: datetime) -> bool:
         messages.is_anything_due(now)
         or _queues_with_room(messages).exists()
         or _keys_with_room(messages, now).exists()
+        or _gates_with_room(messages, now).exists()
     )
 
 
@@ -302,6 +400,13 @@ def _keys_with_room(messages: MessageQuerySet, now: datetime) -> models.QuerySet
     return _among(FlowControlKey.objects.all(), few).with_room(now)
 
 
+def _gates_with_room(messages: MessageQuerySet, now: datetime) -> models.QuerySet[Gate]:
+    gated = messages.at_their_gate().order_by("gate_id", "pk")
+    if not gated.values_list("pk", flat=True)[:1]:
+        return Gate.objects.none()
+    return Gate.objects.with_room(now)
+
+
 def _among(rows: Rows, few: Iterable[int]) -> Rows:
     """``rows`` by these keys, or all of them where they are many."""
     keys = list(few)
@@ -310,5 +415,9 @@ def _among(rows: Rows, few: Iterable[int]) -> Rows:
 
 def next_moment(messages: MessageQuerySet, now: datetime) -> datetime | None:
     """When a claim would next find something although nothing else happens; None for never."""
-    moments = (messages.next_due_at(), FlowControlKey.objects.next_window_at(now))
+    moments = (
+        messages.next_due_at(),
+        FlowControlKey.objects.next_window_at(now),
+        Gate.objects.next_opening_at(now),
+    )
     return min((moment for moment in moments if moment is not None), default=None)

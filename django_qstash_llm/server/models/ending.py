@@ -7,7 +7,7 @@ each message: a commit costs more than a delivery.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import cached_property, lru_cache
@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from django.db import transaction
 
+from ...limits import Reading, Trouble, read
 from ...qstash import Callback, Options
 from ...qstash import Message as WireMessage
 from ...qstash.callback import NO_RESPONSE
 from ...qstash.retry import delay_before_retry
 from .. import conf, redaction
 from .claims import Adoption
+from .gate import Gate
 from .insertion import insert
 from .log_entry import LogEntry, Told
 from .queue import milliseconds
@@ -77,23 +79,57 @@ def record(
                 "pk", "claim_token", "state"
             )
         }
-        endings = _Endings(now)
-        lost = []
+        lost, won = [], []
         for message, outcome in ended:
             token, state = held.get(message.pk, ("", ""))
-            if not token or token != message.claim_token:
+            if token and token == message.claim_token:
+                won.append((message, outcome, state == Message.State.CANCEL_REQUESTED))
+            else:
                 lost.append(message)
-                continue
-            endings.add(message, outcome, is_cancelled=state == Message.State.CANCEL_REQUESTED)
+        endings = _Endings(now, _Gates(message for message, *_ in won))
+        for message, outcome, is_cancelled in won:
+            endings.add(message, outcome, is_cancelled=is_cancelled)
         adopted = endings.write(adoption)
     return Recorded(lost, adopted)
+
+
+class _Gates:
+    """The gates that these messages passed, locked after them and in everybody's order. A claim
+    skips what is locked, so nobody waits here for somebody who waits for us."""
+
+    def __init__(self, messages: Iterable[Message]) -> None:
+        pks = {message.gate_id for message in messages if message.gate_id is not None}
+        rows = Gate.objects.filter(pk__in=pks).order_by("pk")
+        self._gates = {row.pk: row for row in rows.select_for_update(no_key=True)} if pks else {}
+        self._broke: dict[int, tuple[Gate, Message]] = {}
+
+    def learn(self, message: Message, outcome: Outcome, *, now: datetime) -> Reading | None:
+        """What this outcome says of its provider's limits; None of a message that has no gate."""
+        gate = self._gates.get(message.gate_id or 0)
+        if gate is None:
+            return None
+        reading = read(outcome.status, outcome.first_values, outcome.body, now=now.timestamp())
+        gate.learn(message, reading, now=now)
+        if reading.trouble is Trouble.MONEY:
+            self._broke[gate.pk] = gate, message
+        return reading
+
+    def opens_at(self, message: Message) -> datetime:
+        return self._gates[message.gate_id or 0].blocked_until
+
+    def store(self, *, now: datetime) -> None:
+        for gate in self._gates.values():
+            gate.look(now=now)
+            gate.store(now=now)
+        for gate, message in self._broke.values():
+            gate.pause_for_money(message, now=now)
 
 
 class _Endings:
     """What is to be written of several attempts, gathered by how they ended."""
 
-    def __init__(self, now: datetime) -> None:
-        self.now = now
+    def __init__(self, now: datetime, gates: _Gates) -> None:
+        self.now, self.gates = now, gates
         self.delivered: list[int] = []
         self.canceled: list[int] = []
         self.failed: list[tuple[Message, Outcome]] = []
@@ -102,6 +138,7 @@ class _Endings:
         self.entries: list[Told] = []
 
     def add(self, message: Message, outcome: Outcome, *, is_cancelled: bool) -> None:
+        reading = self.gates.learn(message, outcome, now=self.now)
         if outcome.is_success:
             self.delivered.append(message.pk)
             self._log(message, LogEntry.State.DELIVERED, outcome)
@@ -110,7 +147,19 @@ class _Endings:
             self.canceled.append(message.pk)
             self._log(message, LogEntry.State.ERROR, outcome)
             self._log(message, LogEntry.State.CANCELED)
-        elif outcome.forbids_retry or message.retried >= message.retries:
+        elif reading is not None and self._is_put_back(message, reading):
+            due_at = max(self.now, self.gates.opens_at(message))
+            self._log(message, LogEntry.State.ERROR, outcome, due_at)
+            self._log(message, LogEntry.State.RETRY, None, due_at)
+            put_back = message.refused_at(self.now)
+            self._tell(message.with_retries(put_back.retries), outcome)
+            self.retrying.append(put_back)
+        elif (
+            outcome.forbids_retry
+            or message.retried >= message.retries
+            or (reading is not None and not _may_pass(reading))
+        ):
+            outcome = _explained(outcome, message, reading)
             self.failed.append((message, outcome))
             self._log(message, LogEntry.State.ERROR, outcome)
             self._log(message, LogEntry.State.FAILED, outcome)
@@ -120,7 +169,19 @@ class _Endings:
             self._log(message, LogEntry.State.ERROR, outcome, due_at)
             self._log(message, LogEntry.State.RETRY, None, due_at)
             self._tell(message, outcome)
-            self.retrying.append(message.retried_at(due_at))
+            self.retrying.append(message.retried_at(due_at, now=self.now))
+
+    def _is_put_back(self, message: Message, reading: Reading) -> bool:
+        """Whether a refusal costs none of the message's retries: it goes on to wait at its gate. Not
+        for ever, and not where its publisher wants no second attempt at all."""
+        patience = timedelta(seconds=conf.current().gate_patience)
+        return (
+            reading.trouble in _PUT_BACK
+            and reading.should_retry is not False
+            and message.retries > 0
+            and message.retries < MOST_RETRIES
+            and self.now - max(message.created_at, message.not_before) < patience
+        )
 
     def _wait(self, message: Message, outcome: Outcome) -> float:
         return delay_before_retry(
@@ -157,6 +218,7 @@ class _Endings:
                 Message.objects.filter(pk__in=pks).end(state, now=self.now)
         if self.failed:
             self._bury()
+        self.gates.store(now=self.now)
         if self.retrying:
             Message.objects.bulk_update(self.retrying, Message.RETRYING, batch_size=100)
         # Whoever asked, and the log: in the transaction that ends the attempts.
@@ -189,6 +251,29 @@ class _Endings:
         failed.end(Message.State.FAILED, now=self.now, keeps_secrets=True)
 
 
+_PUT_BACK = {Trouble.RATE, Trouble.DAILY, Trouble.OVERLOAD}
+MOST_RETRIES = 2**31 - 2
+"""What the column takes."""
+
+
+def _may_pass(reading: Reading) -> bool:
+    """Whether another attempt may have a better end: the provider's own word, else what its trouble
+    is. Who has no money, or asks too much, is not asked again."""
+    if reading.should_retry is not None:
+        return reading.should_retry
+    return reading.trouble is None or reading.trouble.is_passing
+
+
+def _explained(outcome: Outcome, message: Message, reading: Reading | None) -> Outcome:
+    """With what it means, and what to do about it, for whoever finds it among the dead letters."""
+    if reading is None or reading.trouble is None or outcome.error:
+        return outcome
+    trouble = reading.trouble
+    words = message.without_credentials(reading.words or reading.code)
+    told = ". ".join(filter(None, (words.rstrip("."), trouble.remedy)))
+    return dataclasses.replace(outcome, error=f"{trouble}: {told}")
+
+
 def callback_of(message: Message, outcome: Outcome, *, now: datetime, dlq_id: str = "") -> Message:
     """The message that tells of an attempt; with a ``dlq_id``, that no other will follow."""
     from .message import Message as Row
@@ -201,7 +286,7 @@ def callback_of(message: Message, outcome: Outcome, *, now: datetime, dlq_id: st
             wire.options.failure_callback,
             Row.Kind.FAILURE_CALLBACK,
         )
-    retries = message.retries if how is None or how.retries is None else how.retries
+    retries = message.published_retries if how is None or how.retries is None else how.retries
     # It repeats the original, and so what that asks to hide.
     redact = (*wire.options.redact, *(how.redact if how else ()))
     callback = WireMessage(

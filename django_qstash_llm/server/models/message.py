@@ -14,11 +14,13 @@ from django.db.models.lookups import IsNull
 from ...qstash import Accepted, MessageRecord, Options
 from ...qstash import Message as WireMessage
 from ...qstash.options import DEFAULT_RETRIES
-from .. import admission, conf, doorbell, redaction
+from .. import admission, conf, doorbell, metering, redaction
+from ..pacing import Charge
 from . import claims, ending
 from .chunks import in_chunks
 from .deduplication import Deduplication, key_of
 from .flow_control import FlowControlKey
+from .gate import Begun, Gate
 from .insertion import insert
 from .log_entry import LogEntry, Told
 from .queue import Queue, milliseconds
@@ -30,6 +32,10 @@ _NOT_REPEATED = {
     "upstash-delay",
     "upstash-not-before",
 }
+
+
+SHORTEST_SECRET = 8
+"""Characters of a header's value that is blacked out of foreign text."""
 
 
 class Admitted(NamedTuple):
@@ -73,6 +79,14 @@ class MessageQuerySet(models.QuerySet["Message"]):
     def at_their_flow_control(self) -> MessageQuerySet:
         """Waiting for their flow-control key only: begun, where they are in a queue."""
         return self.waiting_for(Message.Waits.FLOW_CONTROL).filter(_HELD_BY_NO_PAUSE)
+
+    def at_their_gate(self) -> MessageQuerySet:
+        """Waiting for their provider's limits only."""
+        return self.waiting_for(Message.Waits.GATE).filter(_HELD_BY_NO_PAUSE)
+
+    def ungated(self) -> MessageQuerySet:
+        """Which wait for nothing but their time."""
+        return self.filter(flow_control__isnull=True, gate__isnull=True)
 
     def started(self) -> MessageQuerySet:
         """In a queue, begun, and not finished: each takes a place."""
@@ -160,6 +174,7 @@ class MessageQuerySet(models.QuerySet["Message"]):
         """Store new messages and their log entries, ``after`` those that come first. Answers
         the rows that were adopted."""
         _send_to_flow_control(rows, now)
+        _send_to_gates(rows, now)
         adopted = adoption.of(rows, now) if adoption else []
         insert(rows)
         state = LogEntry.State
@@ -321,8 +336,18 @@ class Message(models.Model):
         NOTHING = ""
         QUEUE = "queue"
         FLOW_CONTROL = "flow control"
+        GATE = "gate"
 
-    RETRYING = ("state", "due_at", "retried", "claim_token", "claimed_by", "interruptions")
+    RETRYING = (
+        "state",
+        "due_at",
+        "waits_for",
+        "retried",
+        "retries",
+        "claim_token",
+        "claimed_by",
+        "interruptions",
+    )
     SUSPECT_AFTER = 2
     """Interruptions after which a message is delivered by itself, among those like it."""
     MOST_INTERRUPTIONS = 5
@@ -357,6 +382,13 @@ class Message(models.Model):
     flow_control = models.ForeignKey(
         FlowControlKey, models.SET_NULL, null=True, blank=True, related_name="+", db_index=False
     )
+    gate = models.ForeignKey(
+        Gate, models.SET_NULL, null=True, blank=True, related_name="+", db_index=False
+    )
+    """The provider's limits that it counts against; none for what asks no model."""
+    charge_input = models.PositiveIntegerField(default=0)
+    charge_output = models.PositiveIntegerField(default=0)
+    """Tokens it is taken to cost there: of the body, and of the answer at most."""
     topic_name = models.CharField(max_length=256, blank=True, default="")
     """The URL group it was published to, and which of its endpoints this is."""
     endpoint_name = models.CharField(max_length=256, blank=True, default="")
@@ -378,6 +410,8 @@ class Message(models.Model):
     claim_token = models.CharField(max_length=32, blank=True, editable=False)
     """Whoever writes down how the attempt ended must know it."""
     claimed_by = models.CharField(max_length=128, blank=True)
+    claimed_at = models.DateTimeField(null=True, blank=True)
+    """When the attempt that is in flight, or was last, began."""
     interruptions = models.PositiveIntegerField(default=0)
     """Engines that died during this attempt."""
 
@@ -407,13 +441,28 @@ class Message(models.Model):
             ),
             models.Index(
                 fields=["flow_control", "id"],
-                name="qstash_server_gate",
+                name="qstash_server_at_key",
                 condition=Q(waits_for="flow control"),
             ),
             models.Index(
                 fields=["flow_control"],
                 name="qstash_server_in_flight",
                 condition=~Q(claim_token="") & Q(flow_control__isnull=False),
+            ),
+            models.Index(
+                fields=["due_at", "id"],
+                name="qstash_server_due_at_gate",
+                condition=Q(due_at__isnull=False, gate__isnull=False),
+            ),
+            models.Index(
+                fields=["gate", "id"],
+                name="qstash_server_at_gate",
+                condition=Q(waits_for="gate"),
+            ),
+            models.Index(
+                fields=["gate", "claimed_at"],
+                name="qstash_server_past_gate",
+                condition=~Q(claim_token="") & Q(gate__isnull=False),
             ),
             models.Index(
                 fields=["queue"],
@@ -473,7 +522,7 @@ class Message(models.Model):
             headers=headers,
             secrets=secrets,
             body=message.body,
-            retries=DEFAULT_RETRIES if options.retries is None else options.retries,
+            retries=_retries_of(options),
             timeout=min(options.timeout or settings.max_timeout, settings.max_timeout),
             labels=",".join(options.labels),
             flow_control_key=options.flow_control.key if options.flow_control else "",
@@ -503,6 +552,11 @@ class Message(models.Model):
         return {**self.headers, **self.secrets}
 
     @property
+    def published_retries(self) -> int:
+        """Before its provider's refusals added to them."""
+        return _retries_of(self.wire.options)
+
+    @property
     def queue_name(self) -> str:
         return self.queue.name if self.queue else ""
 
@@ -517,6 +571,21 @@ class Message(models.Model):
     @property
     def is_interrupted_for_good(self) -> bool:
         return self.interruptions >= self.MOST_INTERRUPTIONS
+
+    begun: Begun | None = None
+    """Of a message that an engine has: how its attempt began, as its gate counts."""
+
+    @property
+    def charge(self) -> Charge:
+        return Charge(float(self.charge_input), float(self.charge_output))
+
+    def without_credentials(self, text: str) -> str:
+        """``text`` of a provider, which may repeat the key that it refuses."""
+        for value in self.wire.options.headers.values():
+            for secret in {value, value.rpartition(" ")[2]}:
+                if len(secret) >= SHORTEST_SECRET:
+                    text = text.replace(secret, redaction.HIDDEN)
+        return text
 
     @cached_property
     def header(self) -> dict[str, list[str]]:
@@ -601,12 +670,28 @@ class Message(models.Model):
         """
         return not ending.record([(self, outcome)], now=now).lost
 
-    def retried_at(self, due_at: datetime) -> Message:
+    def retried_at(self, due_at: datetime, *, now: datetime) -> Message:
         """This message as it waits for its next attempt. A copy: the engine keeps its own until
         this is written down."""
         message = copy(self)
         message.state, message.due_at, message.retried = self.State.RETRY, due_at, self.retried + 1
         message.claim_token, message.claimed_by, message.interruptions = "", "", 0
+        message.begun = None
+        if self.gate_id is not None and due_at <= now:
+            message.due_at, message.waits_for = None, self.Waits.GATE
+        return message
+
+    def with_retries(self, retries: int) -> Message:
+        """This attempt of it, as one of so many."""
+        message = copy(self)
+        message.retries = retries
+        return message
+
+    def refused_at(self, now: datetime) -> Message:
+        """The same after a refusal that time alone cures: it goes back to its gate, and one retry is
+        added for the one that this took, which the wire has to see."""
+        message = self.retried_at(now, now=now)
+        message.retries += 1
         return message
 
     def published_again(self, overrides: Mapping[str, str], *, now: datetime) -> Accepted:
@@ -663,8 +748,28 @@ def _send_to_flow_control(rows: Sequence[Message], now: datetime) -> None:
                 row.due_at, row.waits_for = None, Message.Waits.FLOW_CONTROL
 
 
+def _send_to_gates(rows: Sequence[Message], now: datetime) -> None:
+    """New messages that ask a model wait for its provider's limits, those of them that could start."""
+    published = [row for row in rows if row.kind == Message.Kind.MESSAGE]
+    metered = [(row, metering.meter(row.wire)) for row in published]
+    for account in sorted({row.account for row, found in metered if found}):
+        mine = [(row, found) for row, found in metered if found and row.account == account]
+        subjects = {found.subject for _, found in mine}
+        gates = Gate.objects.of(subjects, account=account, now=now)
+        for row, found in mine:
+            row.gate = gates.get(found.subject)
+            row.charge_input = int(found.charge.input_tokens)
+            row.charge_output = int(found.charge.output_tokens)
+            if row.gate and row.due_at is not None and row.due_at <= now:
+                row.due_at, row.waits_for = None, Message.Waits.GATE
+
+
 def new_message_id() -> str:
     return f"msg_{uuid.uuid4().hex}"
+
+
+def _retries_of(options: Options) -> int:
+    return DEFAULT_RETRIES if options.retries is None else options.retries
 
 
 def _header(options: Options) -> dict[str, list[str]]:
