@@ -334,7 +334,7 @@ def _inferred_period(
     """The period of a bucket that refills steadily: 59 of 60 left and full in 1 s make a minute."""
     if not limit or not reset or remaining is None or remaining >= limit:
         return None
-    if remaining and _whole_period(reset) in {MINUTE, HOUR, DAY}:
+    if remaining > limit / 2 and _whole_period(reset) in {MINUTE, HOUR, DAY}:
         return None  # a fixed window that has just opened looks the same
     return _whole_period(reset * limit / (limit - remaining))
 

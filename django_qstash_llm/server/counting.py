@@ -6,7 +6,7 @@ from typing import Any
 
 from django.db.models import IntegerField, OuterRef, QuerySet, Subquery
 
-from .models import FlowControlKey, Message, Queue
+from .models import FlowControlKey, Gate, Message, Queue
 
 MOST = 10_000
 
@@ -46,4 +46,13 @@ def keys_with_counts() -> QuerySet[FlowControlKey]:
     return FlowControlKey.objects.annotate(  # type: ignore[no-redef]
         parallelism_count=CappedCount(mine.claimed()),
         wait_list_size=CappedCount(mine.waiting_for(Message.Waits.FLOW_CONTROL)),
+    )
+
+
+def gates_with_counts() -> QuerySet[Gate]:
+    """Gates with ``calls`` in flight and ``wait_list_size``, capped."""
+    mine = Message.objects.filter(gate=OuterRef("pk"))
+    return Gate.objects.annotate(  # type: ignore[no-redef]
+        calls=CappedCount(mine.claimed()),
+        wait_list_size=CappedCount(mine.waiting_for(Message.Waits.GATE)),
     )

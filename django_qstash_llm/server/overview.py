@@ -13,9 +13,9 @@ from django.utils.html import format_html
 from django.utils.safestring import SafeString
 
 from .console import without_query
-from .counting import capped, in_words, keys_with_counts, queues_with_lag
-from .models import DeadLetter, FlowControlKey, LogEntry, Message, Queue
-from .waiting import at, reasons
+from .counting import capped, gates_with_counts, in_words, keys_with_counts, queues_with_lag
+from .models import DeadLetter, FlowControlKey, Gate, LogEntry, Message, Queue
+from .waiting import at, excerpt, reasons
 
 MOST_ROWS = 50
 MOST_OF_A_KIND = 10
@@ -77,6 +77,9 @@ def overview(now: datetime) -> Overview:
             F("parallelism_count").desc(), F("wait_list_size").desc(), "key"
         )
     )
+    gates = _first(
+        gates_with_counts().order_by(F("calls").desc(), F("wait_list_size").desc(), "host", "group")
+    )
     in_flight = _first(_lean(claimed))
     waiting = [row for kind in kinds for row in _lean(kind)[:MOST_OF_A_KIND]]
     letters = list(_dead_letters()[:MOST_OF_A_KIND])
@@ -84,7 +87,7 @@ def overview(now: datetime) -> Overview:
     why = reasons([*in_flight, *waiting], now=now)
     told = [each.message for each in letters] + [each.message for each in entries]
     told += [*in_flight, *waiting]
-    names = _Accounts(each.account for each in (*queues, *keys, *told))
+    names = _Accounts(each.account for each in (*queues, *keys, *gates, *told))
     return Overview(
         figures,
         [
@@ -105,6 +108,14 @@ def overview(now: datetime) -> Overview:
                 _more(keys),
             ),
             Table(
+                "gates",
+                "Limits of providers",
+                names.columns("host and model", "in flight", "waiting", "limits", "state"),
+                [_gate_row(gate, names, now) for gate in gates[:MOST_ROWS]],
+                "No provider was called.",
+                _more(gates),
+            ),
+            Table(
                 "in-flight",
                 "In flight",
                 names.columns("message", "goes to", "attempt", "since when, and who has it"),
@@ -118,8 +129,8 @@ def overview(now: datetime) -> Overview:
                 names.columns("message", "goes to", "attempt", "waits for"),
                 [_message_row(row, names, why) for row in waiting],
                 "Nothing waits.",
-                f"At most {MOST_OF_A_KIND} are shown of those that wait for a time, for a queue "
-                "and for flow control."
+                f"At most {MOST_OF_A_KIND} are shown of those that wait for a time, for a queue, "
+                "for flow control and for a provider's limits."
                 if len(waiting) >= MOST_OF_A_KIND
                 else "",
             ),
@@ -145,12 +156,13 @@ def overview(now: datetime) -> Overview:
 
 
 def _waiting_kinds() -> list[QuerySet[Message]]:
-    """By an index each: for a time, for a queue, for flow control."""
+    """By an index each: for a time, for a queue, for flow control, for a provider's limits."""
     messages = Message.objects
     return [
         messages.filter(due_at__isnull=False, claim_token="").order_by("due_at"),
         messages.in_line().order_by("queue_id", "pk"),
         messages.waiting_for(Message.Waits.FLOW_CONTROL).order_by("flow_control_id", "pk"),
+        messages.waiting_for(Message.Waits.GATE).order_by("gate_id", "pk"),
     ]
 
 
@@ -227,6 +239,40 @@ def _key_row(key: FlowControlKey, names: _Accounts, now: datetime) -> tuple[str,
         rate_in_words(key, now),
         _badge("paused", "‖") if key.is_paused else "open",
     )
+
+
+def _gate_row(gate: Gate, names: _Accounts, now: datetime) -> tuple[str, ...]:
+    return names.row(
+        gate.account,
+        str(gate),
+        in_words(gate.calls),
+        in_words(gate.wait_list_size),
+        limits_in_words(gate, now),
+        _badge("paused", "‖") if gate.is_paused else state_in_words(gate, now),
+    )
+
+
+def limits_in_words(gate: Gate, now: datetime) -> str:
+    """What is known of a provider's limits, and what is left of them: ``571 of 600 requests``."""
+    pace, told = gate.pacing, []
+    for name, bucket in pace.buckets.items():
+        bucket.refill(now.timestamp())
+        per = f" in {bucket.period:g} s" if bucket.period else ""
+        name = name.partition("/")[0].replace("_", " ")
+        told.append(f"{max(0, int(bucket.level)):,} of {bucket.limit:,.0f} {name}{per}")
+    if pace.measured is not None and pace.measured.rate is not None:
+        told.append(f"about {pace.measured.rate:.3g} calls a second, by its refusals")
+    if not told and not pace.is_probing:
+        told.append(f"none known, {pace.window:.0f} calls at once")
+    return ", ".join(told) or "not known yet"
+
+
+def state_in_words(gate: Gate, now: datetime) -> str:
+    if gate.blocked_until > now:
+        until = at(gate.blocked_until, now)
+        words = excerpt(gate.words)
+        return f"refused until {until}: {words}" if words else f"refused until {until}"
+    return "finds out by one call" if gate.pacing.is_probing else "open"
 
 
 def rate_in_words(key: FlowControlKey, now: datetime) -> str:

@@ -239,7 +239,9 @@ class Pace:
 
         ``in_flight``: calls under way, of which ``settled`` for longer than ``SETTLED`` seconds.
         """
-        if now < self.blocked_until or now - self.begun_at < SPACING - _LITTLE:
+        if now < self.blocked_until:
+            return 0
+        if in_flight and now - self.begun_at < SPACING - _LITTLE:
             return 0
         free = self._group
         if self.most is not None:

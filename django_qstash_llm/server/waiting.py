@@ -7,10 +7,11 @@ from datetime import datetime
 
 from django.db.models import Max, OuterRef
 from django.utils import formats, timezone
+from django.utils.text import Truncator
 from django.utils.translation import gettext as _
 
 from .counting import CappedCount, in_words
-from .models import FlowControlKey, LogEntry, Message
+from .models import FlowControlKey, Gate, LogEntry, Message
 
 MOST_BEFORE = 1000
 """Beyond that many in a line it no longer matters how many exactly."""
@@ -37,6 +38,10 @@ def at(moment: datetime, now: datetime) -> str:
     return f"{formats.date_format(local, 'SHORT_DATE_FORMAT')} {shown}"
 
 
+def excerpt(text: str, length: int = 200) -> str:
+    return Truncator(" ".join(text.split())).chars(length)
+
+
 def holder(identity: str) -> str:
     """An engine, as ``delivery.process_identity`` calls it: on which machine, which process."""
     machine, _colon, process = identity.partition(":")
@@ -56,9 +61,11 @@ class _Known:
             for row in messages
             if row.flow_control_id and row.waits_for == Waits.FLOW_CONTROL
         }
+        limited = {row.gate_id for row in messages if row.gate_id and row.waits_for == Waits.GATE}
         in_flight = [row.pk for row in messages if row.claim_token]
         self.before = _places_in_line(in_line) if in_line else {}
         self.keys = _keys(gated) if gated else {}
+        self.gates = Gate.objects.in_bulk(limited) if limited else {}
         self.began = _beginnings(in_flight) if in_flight else {}
 
     def reason(self, message: Message) -> str:
@@ -70,6 +77,8 @@ class _Known:
             return self._in_line(message)
         if message.waits_for == Message.Waits.FLOW_CONTROL:
             return self._at_flow_control(message)
+        if message.waits_for == Message.Waits.GATE:
+            return self._at_gate(message)
         return self._until_a_time(message)
 
     def _in_flight(self, message: Message) -> str:
@@ -111,6 +120,24 @@ class _Known:
             text = _("flow control %(key)s: %(taken)s of %(most)s started, next window %(at)s")
             return text % words
         return _("flow control %(key)s: there is room, an engine takes it next") % words
+
+    def _at_gate(self, message: Message) -> str:
+        gate = self.gates.get(message.gate_id or 0)
+        if gate is None:
+            return _("its provider's limits")
+        words = {"gate": gate, "trouble": gate.trouble, "words": excerpt(gate.words)}
+        words["at"] = at(gate.opens_at, self.now)
+        if gate.is_paused and gate.trouble:
+            return _("limits of %(gate)s: paused, %(trouble)s: %(words)s") % words
+        if gate.is_paused:
+            return _("limits of %(gate)s: paused") % words
+        if gate.blocked_until > self.now:
+            words["at"] = at(gate.blocked_until, self.now)
+            text = _("limits of %(gate)s: refused (%(trouble)s: %(words)s), next try %(at)s")
+            return text % words
+        if gate.opens_at > self.now:
+            return _("limits of %(gate)s: what is left is used up, next look %(at)s") % words
+        return _("limits of %(gate)s: there is room, an engine takes it next") % words
 
     def _until_a_time(self, message: Message) -> str:
         if message.due_at is None:

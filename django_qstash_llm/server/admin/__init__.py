@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .dead_letter import DeadLetterAdmin
 from .flow_control import FlowControlKeyAdmin
+from .gate import GateAdmin
 from .log_entry import LogEntryAdmin
 from .message import MessageAdmin
 from .queue import QueueAdmin
@@ -14,6 +15,7 @@ from .url_group import UrlGroupAdmin
 __all__ = [
     "DeadLetterAdmin",
     "FlowControlKeyAdmin",
+    "GateAdmin",
     "LogEntryAdmin",
     "MessageAdmin",
     "QueueAdmin",

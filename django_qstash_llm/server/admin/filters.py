@@ -89,6 +89,7 @@ class WaitsFilter(admin.SimpleListFilter):
             ("time", _("its time")),
             ("queue", _("its turn in a queue")),
             ("flow", _("flow control")),
+            ("limits", _("its provider's limits")),
         ]
 
     def queryset(self, request: HttpRequest, queryset: Any) -> QuerySet[Any]:
@@ -102,6 +103,8 @@ class WaitsFilter(admin.SimpleListFilter):
                 return rows.filter(waits_for=Message.Waits.QUEUE)
             case "flow":
                 return rows.filter(waits_for=Message.Waits.FLOW_CONTROL)
+            case "limits":
+                return rows.filter(waits_for=Message.Waits.GATE)
         return rows
 
 

@@ -38,6 +38,7 @@ class MessageAdmin(RecordAdmin):
                 "url",
                 "queue",
                 "flow_control",
+                "gate",
                 "topic_name",
                 "endpoint_name",
                 "schedule_id",

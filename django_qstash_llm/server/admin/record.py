@@ -19,6 +19,8 @@ from django.utils.text import capfirst
 from django.utils.translation import gettext_lazy as _
 from django.utils.translation import ngettext
 
+from ...limits import Trouble
+from ..models import Gate
 from ..overview import DEFAULT
 from ..waiting import at
 from .filters import AccountFilter, are_several_accounts
@@ -36,6 +38,8 @@ _EMPTY: tuple[Any, ...] = (None, "", [], {})
 FROM_PAGE = "from_page"
 """In a POST: the button on the object's page was used, so go back there."""
 CONFIRMED = "confirmed"
+MOST_TROUBLED = 10
+"""Gates that a list warns of."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class RecordAdmin(_ModelAdmin):
     """What the page of one object shows, each section under its title."""
     wide: Collection[str] = ()
     """Those that get a line of their own."""
+    change_list_template = "admin/qstash_server/change_list.html"
     account_filter: type[AccountFilter] = AccountFilter
     account_field = "account"
     list_per_page = 50
@@ -108,7 +113,18 @@ class RecordAdmin(_ModelAdmin):
     ) -> HttpResponse:
         # Nothing is selected "to change".
         title = capfirst(str(self.opts.verbose_name_plural))
-        return super().changelist_view(request, {"title": title, **(extra_context or {})})
+        context = {"title": title, "troubled": self.troubled(request), **(extra_context or {})}
+        return super().changelist_view(request, context)
+
+    def troubled(self, request: HttpRequest) -> list[tuple[Gate, str, str]]:
+        """What stands still until a person does something: the gate, its page, and what to do."""
+        if not request.user.has_perm(f"{self.opts.app_label}.view_gate"):
+            return []
+        view = f"{self.admin_site.name}:{self.opts.app_label}_gate_change"
+        return [
+            (gate, reverse(view, args=[gate.pk]), Trouble(gate.trouble).remedy)
+            for gate in Gate.objects.troubled()[:MOST_TROUBLED]
+        ]
 
     def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> list[str]:
         return [name for _title, names in self.sections for name in names]

@@ -110,10 +110,11 @@ class Claim:
             if self._begin_lines(queues, most):
                 keys = self._pks(_keys_with_room(self.messages, self.now))
                 gates = self._pks(_gates_with_room(self.messages, self.now))
-        if keys and self.has_room:
-            self._take_from_keys(keys, max(1, self.left // 2) if gates else self.left)
+        # Those at gates have been let through by their keys before: they are older.
         if gates and self.has_room:
-            self._take_from_gates(gates)
+            self._take_from_gates(gates, max(1, self.left // 2) if keys else self.left)
+        if keys and self.has_room:
+            self._take_from_keys(keys)
         if is_anything_due and reserved and self.has_room:
             self._take_due(self.left)
         return self.taken
@@ -169,13 +170,13 @@ class Claim:
             self._take([each for each in firsts if not each.is_gated][:most])
         return bool(gated)
 
-    def _take_from_keys(self, keys: Sequence[int], most: int) -> None:
+    def _take_from_keys(self, keys: Sequence[int]) -> None:
         with transaction.atomic():
             rows = FlowControlKey.objects.filter(pk__in=keys).order_by("pk")
             firsts: list[Locked] = []
             held = {}
             for key in rows.select_for_update(no_key=True, skip_locked=True):
-                room = min(key.room(self.now), most - len(firsts))
+                room = min(key.room(self.now), self.left - len(firsts))
                 if room > 0:
                     held[key.pk] = key
                     waiting = key.mine.at_their_flow_control().order_by("pk")
@@ -183,12 +184,12 @@ class Claim:
             gates = Gate.objects.locked(each.gate for each in firsts if each.gate)
             self._count(self._take(self._let_through(firsts, gates), gates), held)
 
-    def _take_from_gates(self, gates: Sequence[int]) -> None:
+    def _take_from_gates(self, gates: Sequence[int], most: int) -> None:
         with transaction.atomic():
             held = Gate.objects.locked(gates)
             firsts: list[Locked] = []
             for gate in held.values():
-                room = min(gate.free(self.now), self.left - len(firsts))
+                room = min(gate.free(self.now), most - len(firsts))
                 if room > 0:
                     firsts += _locked(gate.mine.at_their_gate().order_by("pk"), room)
             keys = self._keys_of(firsts)

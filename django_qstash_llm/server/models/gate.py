@@ -159,6 +159,10 @@ class Gate(models.Model):
     def blocked_until(self) -> datetime:
         return datetime.fromtimestamp(self.pacing.blocked_until, UTC)
 
+    calls: int
+    """In flight, of one that was fetched by ``counting.gates_with_counts``."""
+    wait_list_size: int
+
     # --- who may begin: with the row locked ----------------------------------------------------
 
     def free(self, now: datetime) -> int:
