@@ -62,6 +62,7 @@ def check_settings(app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> li
         *_check_prices(in_force),
         *_check_hosted(in_force),
         *_check_keeping(in_force),
+        *_check_pacing(in_force),
         *_check_health_token(in_force),
     ]
 
@@ -90,6 +91,14 @@ def _check_keeping(in_force: conf.AppSettings) -> list[CheckMessage]:
             problem = f"QSTASH_LLM[{name.upper()!r}] is {days}."
             problems.append(Error(problem, hint="Give more than 0.", id=f"{ID}.E007"))
     return problems
+
+
+def _check_pacing(in_force: conf.AppSettings) -> list[CheckMessage]:
+    try:
+        in_force.check_pacing()
+    except ConfigurationError as error:
+        return [Error(str(error), hint="Until then nothing is published.", id=f"{ID}.E007")]
+    return []
 
 
 def _check_health_token(in_force: conf.AppSettings) -> list[CheckMessage]:

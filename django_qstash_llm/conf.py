@@ -41,6 +41,8 @@ _PLACEHOLDER = re.compile(
 
 UPSTASH_URL = "https://qstash.upstash.io"
 SHORTEST_HEALTH_TOKEN = 16
+PAUSING = ("money", "rate", "daily")
+"""The troubles that are everybody's of a provider or model, and so may pause its lane."""
 
 
 def _is_itself(secret: str) -> bool:
@@ -88,6 +90,15 @@ class AppSettings:
     is asked what became of it."""
     announce_tries: int = 5
     """How often a trigger or receiver that raises is tried before a person has to look."""
+    flow_control: str = "off"
+    """What paces the requests that name no flow control of their own: ``off`` nothing,
+    ``configured`` the providers' ``FLOW_CONTROL``, ``learned`` also what their answers say."""
+    learned_share: float = 0.9
+    """How much of a learned limit is used: others may be at it, and windows do not begin alike."""
+    pause_on: tuple[str, ...] = ("money", "rate", "daily")
+    """The troubles over which a lane is paused without a person; empty is none."""
+    pause_from: float = 60.0
+    """Seconds that a provider must ask to wait for, so that its lane is paused for them."""
     store_messages: str = "full"
     """What is kept of a finished request's messages: ``full``, ``hashed`` (their SHA-256) or
     ``none``. See ``models.forgetting``."""
@@ -216,6 +227,7 @@ class AppSettings:
             raise ConfigurationError(f"QSTASH_URL is {self.qstash_url!r}, not an http(s) URL.")
         self.callback_url("")
         self.check_storing()
+        self.check_pacing()
 
     def check_types(self) -> None:
         """Raise ``ConfigurationError`` unless every setting is of its type."""
@@ -231,6 +243,27 @@ class AppSettings:
             raise ConfigurationError(
                 f"QSTASH_LLM['STORE_MESSAGES'] is {self.store_messages!r}; "
                 "give 'full', 'hashed' or 'none'."
+            )
+
+    def check_pacing(self) -> None:
+        """Raise ``ConfigurationError`` unless it is clear what paces requests, and what pauses them."""
+        if self.flow_control not in ("off", "configured", "learned"):
+            raise ConfigurationError(
+                f"QSTASH_LLM['FLOW_CONTROL'] is {self.flow_control!r}; "
+                "give 'off', 'configured' or 'learned'."
+            )
+        if not 0 < self.learned_share <= 1:
+            raise ConfigurationError(
+                f"QSTASH_LLM['LEARNED_SHARE'] is {self.learned_share}; give more than 0, 1 at most."
+            )
+        if unknown := [word for word in self.pause_on if word not in PAUSING]:
+            raise ConfigurationError(
+                f"QSTASH_LLM['PAUSE_ON'] holds {unknown[0]!r}; there are {', '.join(PAUSING)}."
+            )
+        if self.pause_from <= 0:
+            raise ConfigurationError(
+                f"QSTASH_LLM['PAUSE_FROM'] is {self.pause_from}; give more than 0 seconds, or leave "
+                "'rate' and 'daily' out of PAUSE_ON."
             )
 
 

@@ -17,7 +17,7 @@ from django.utils.translation import gettext as _
 
 from . import triggers
 from .conf import app_settings
-from .models import CallbackResponse, Circuit, LLMRequest
+from .models import CallbackResponse, Circuit, Lane, LLMRequest
 from .models.callback import Kind
 from .models.circuit import QSTASH
 from .models.outbox import Outbox
@@ -26,6 +26,7 @@ from .models.request import ANNOUNCED
 
 MOST_COUNTED = 1000
 """Beyond it a count says "more": counting them all would take longer the worse it is."""
+MOST_LANES = 20
 NEXT_KEY_FOR = timedelta(hours=24)
 
 
@@ -184,6 +185,9 @@ class Health(Pulse):
     unpriced: int = 0
     by_next_key: int = 0
     """Callbacks of the last 24 hours that the next signing key verified."""
+    paused: tuple[str, ...] = ()
+    """A sentence for each paused lane, up to ``MOST_LANES``: since when, by whom, why, and how many
+    requests wait."""
 
     @classmethod
     def _figures(cls, using: str, now: datetime | None) -> dict[str, Any]:
@@ -205,11 +209,16 @@ class Health(Pulse):
             "unpriced": rows.unpriced().order_by("id"),
             "by_next_key": receipts.filter(**next_key).order_by("received_at"),
         }
-        return figures | {name: _count(queryset) for name, queryset in counted.items()}
+        paused = Lane.objects.using(using).paused(at).order_by("pk")[:MOST_LANES]
+        return {
+            **figures,
+            **{name: _count(queryset) for name, queryset in counted.items()},
+            "paused": tuple(map(_paused, paused)),
+        }
 
     @property
     def counts(self) -> dict[str, int]:
-        names = [f.name for f in dataclasses.fields(self) if f.name not in _OF_PULSE]
+        names = [f.name for f in dataclasses.fields(self) if f.type == "int"]
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -247,7 +256,7 @@ class Health(Pulse):
             for name, sentence in sentences.items()
             if counts[name]
         ]
-        return [*filter(None, [self.notice]), *found]
+        return [*filter(None, [self.notice]), *self.paused, *found]
 
     def to_json(self) -> dict[str, Any]:
         figures = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -259,9 +268,6 @@ class Health(Pulse):
         }
 
 
-_OF_PULSE = {f.name for f in dataclasses.fields(Pulse)}
-
-
 def capped(count: int) -> str:
     return f"{MOST_COUNTED}+" if count > MOST_COUNTED else str(count)
 
@@ -269,6 +275,11 @@ def capped(count: int) -> str:
 def _count(queryset: QuerySet[Any]) -> int:
     # Only as far as it is shown.
     return queryset[: MOST_COUNTED + 1].count()
+
+
+def _paused(lane: Lane) -> str:
+    waiting = _("%(count)s requests wait.") % {"count": capped(_count(lane.waiting()))}
+    return " ".join(filter(None, [lane.pause_in_words, lane.remedy, waiting]))
 
 
 def _age_of_first(queryset: QuerySet[Any], now: datetime, *moments: str) -> float | None:

@@ -17,18 +17,24 @@ A provider is an entry of ``QSTASH_LLM["PROVIDERS"]``; a row holds only its name
     Anthropic requires ``max_tokens``; this is sent when the request names none. Default 4096.
 ``HELICONE_API_KEY``
     Puts Helicone's gateway in front.
+``FLOW_CONTROL``
+    How fast each of its models may be asked: ``{"PARALLELISM": 20, "RATE": 500, "PERIOD": 60}``.
+    ``GROUPS`` in it names models that share a limit, and may give other values for these:
+    ``{"gpt-5": {"MODELS": ["gpt-5.4", "gpt-5.4-mini"], "RATE": 1000}}``. See ``Pace``.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from .conf import app_settings, is_http_url
 from .exceptions import ConfigurationError, InvalidRequest
+from .qstash import FlowControl, InvalidOption
 from .qstash.message import HOSTED_LLM, JSONText
 
 HOSTED_MODELS = ("meta-llama/Meta-Llama-3-8B-Instruct", "mistralai/Mistral-7B-Instruct-v0.2")
@@ -42,10 +48,38 @@ OPTIONS = (
     "MODELS",
     "MAX_TOKENS",
     "HELICONE_API_KEY",
+    "FLOW_CONTROL",
 )
 ANTHROPIC_VERSION = "2023-06-01"
 HELICONE_URL = "https://gateway.helicone.ai"
 HELICONE_UPSTASH_URL = "https://qstash.helicone.ai/llm/v1/chat/completions"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How fast the models that share a limit may be asked, all together. None is no limit."""
+
+    key: str
+    """Their flow-control key at QStash."""
+    models: tuple[str, ...]
+    parallelism: int | None = None
+    rate: int | None = None
+    period: int = 1
+    """Seconds, with ``rate``."""
+
+    def at_most(self, rate: int, period: int) -> Pace:
+        """No faster than that."""
+        if self.rate is not None and self.rate / self.period <= rate / period:
+            return self
+        return replace(self, rate=rate, period=period)
+
+    def flow_control(self) -> FlowControl | None:
+        """As QStash is told of it; None where nothing is limited."""
+        if self.parallelism is None and self.rate is None:
+            return None
+        return FlowControl(
+            key=self.key, parallelism=self.parallelism, rate=self.rate, period=self.period
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +95,15 @@ class Provider:
     models: tuple[str, ...] = ()
     """The only ones it may be asked; empty is any."""
     max_tokens: int = 4096
+    ceiling: Mapping[str, int] = field(default_factory=dict)
+    """Of ``Pace``, what the settings say for each model that is in no group."""
+    groups: tuple[Pace, ...] = ()
+
+    def pace(self, model: str) -> Pace:
+        """What the settings say of ``model``."""
+        of_group = next((pace for pace in self.groups if model in pace.models), None)
+        key = _flow_control_key(self.name, model)
+        return of_group or Pace(key=key, models=(model,), **self.ceiling)
 
     def check_model(self, model: str) -> None:
         """Raise ``InvalidRequest`` for a model this provider is known not to have."""
@@ -145,7 +188,63 @@ def build_provider(name: str, options: Mapping[str, Any]) -> Provider:
         headers=headers,
         models=tuple(models),
         max_tokens=max_tokens,
+        **_flow_control(name, options.get("FLOW_CONTROL", {}), f"{setting}['FLOW_CONTROL']"),
     )
+
+
+_CEILING = ("PARALLELISM", "RATE", "PERIOD")
+
+
+def _flow_control(name: str, given: Any, setting: str) -> dict[str, Any]:
+    """``ceiling`` and ``groups`` of a provider."""
+    values = dict(_mapping(given, setting, (*_CEILING, "GROUPS")))
+    groups = _mapping(values.pop("GROUPS", {}), f"{setting}['GROUPS']")
+    _read_pace(values, setting, key="any", models=())
+    paces: list[Pace] = []
+    for group, own in groups.items():
+        of_group = f"{setting}['GROUPS'][{group!r}]"
+        own = dict(_mapping(own, of_group, (*_CEILING, "MODELS")))
+        models = own.pop("MODELS", None)
+        if not isinstance(models, list | tuple) or not all(isinstance(m, str) for m in models):
+            raise ConfigurationError(f"{of_group}['MODELS'] is not a list of models' names.")
+        for model in models:
+            if any(model in pace.models for pace in paces):
+                raise ConfigurationError(f"{of_group}: {model!r} is in another group already.")
+        key = _flow_control_key(name, f"group.{group}")
+        paces.append(_read_pace({**values, **own}, of_group, key=key, models=tuple(models)))
+    return {"ceiling": {name.lower(): value for name, value in values.items()}, "groups": (*paces,)}
+
+
+def _mapping(given: Any, setting: str, names: tuple[str, ...] = ()) -> Mapping[str, Any]:
+    if not isinstance(given, Mapping):
+        raise ConfigurationError(f"{setting} is not a dictionary.")
+    unknown = [name for name in given if names and name not in names]
+    if unknown:
+        raise ConfigurationError(f"{setting} has no {unknown[0]!r}; there are {', '.join(names)}.")
+    return given
+
+
+def _read_pace(
+    values: Mapping[str, Any], setting: str, *, key: str, models: tuple[str, ...]
+) -> Pace:
+    if "PERIOD" in values and "RATE" not in values:
+        raise ConfigurationError(f"{setting}['PERIOD'] is given without a RATE.")
+    try:
+        pace = Pace(key=key, models=models, **{name.lower(): each for name, each in values.items()})
+        pace.flow_control()
+    except InvalidOption as error:
+        name = error.field.removeprefix("flow_control.").upper()
+        raise ConfigurationError(f"{setting}[{name!r}]: {error.problem}.") from error
+    return pace
+
+
+def _flow_control_key(provider: str, name: str) -> str:
+    """One that may be sent, and is no other's."""
+    key = f"llm.{provider}.{name}"
+    plain = re.sub(r"[^A-Za-z0-9_.-]", "-", key)[:200]
+    if plain == key and "." not in provider:
+        return key
+    return f"{plain}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
 Route = tuple[str, dict[str, str]]

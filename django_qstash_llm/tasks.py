@@ -14,7 +14,7 @@ from django.utils import timezone
 from kombu.exceptions import OperationalError
 
 from . import triggers
-from .models import CallbackResponse, LLMRequest
+from .models import CallbackResponse, Lane, LLMRequest
 from .models.doorbell import Bell
 from .models.outbox import Outbox
 from .models.purge import Purge
@@ -83,12 +83,25 @@ def reconcile(using: str = "") -> None:
 
 
 @shared_task(
+    name="django_qstash_llm.lanes", ignore_result=True, acks_late=True, reject_on_worker_lost=True
+)
+def lanes(using: str = "") -> None:
+    """End pauses that are over, and tell QStash what to hold and what to let go."""
+    using = using or _ours()
+    rows = Lane.objects.using(using)
+    if rows.see_to() and rows.due(timezone.now()).exists():
+        ring(Bell.LANES, using)
+
+
+@shared_task(
     name="django_qstash_llm.sweep", ignore_result=True, acks_late=True, reject_on_worker_lost=True
 )
 def sweep(using: str = "") -> None:
     """Ring again for whatever still waits: after a lost bell, a dead worker, ``bulk_create``, a
     callback that never came."""
     using = using or _ours()
+    if Lane.objects.using(using).due(timezone.now()).exists():
+        ring(Bell.LANES, using)
     if Outbox(using).due().exists():
         ring(Bell.SUBMIT, using)
     if CallbackResponse.objects.using(using).unapplied(timezone.now()).exists():
@@ -104,6 +117,7 @@ _TASKS = {
     Bell.ANNOUNCE: announce,
     Bell.APPLY: apply,
     Bell.RECONCILE: reconcile,
+    Bell.LANES: lanes,
 }
 
 

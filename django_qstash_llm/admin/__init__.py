@@ -6,6 +6,7 @@ from .batch import BatchAdmin
 from .callback import CallbackResponseAdmin
 from .circuit import CircuitAdmin
 from .conversation import ConversationAdmin
+from .lane import LaneAdmin
 from .request import LLMRequestAdmin
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "CircuitAdmin",
     "ConversationAdmin",
     "LLMRequestAdmin",
+    "LaneAdmin",
 ]

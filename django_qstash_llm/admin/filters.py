@@ -11,6 +11,7 @@ from django.utils import timezone
 from django.utils.translation import gettext_lazy as _
 
 from ..conf import app_settings
+from ..models import Lane
 from ..models.callback import CallbackResponseQuerySet
 from ..models.replay import UNREAD
 from ..models.request import ANNOUNCED, LLMRequestQuerySet
@@ -18,6 +19,7 @@ from ..models.request import ANNOUNCED, LLMRequestQuerySet
 if TYPE_CHECKING:
     from django.utils.functional import _StrOrPromise
 
+MOST_TENANTS = 20
 Lookups = list[tuple[Any, "_StrOrPromise"]]
 
 
@@ -31,6 +33,21 @@ class ProviderFilter(admin.SimpleListFilter):
 
     def queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> QuerySet[Any]:
         return queryset.filter(provider=self.value()) if self.value() else queryset
+
+
+class TenantFilter(admin.SimpleListFilter):
+    """The tenant that was chosen, on a request's page for instance, and those that have a lane."""
+
+    title = _("tenant")
+    parameter_name = "tenant"
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> Lookups:
+        lanes = Lane.objects.exclude(tenant="").order_by("tenant")
+        names = {*lanes.values_list("tenant", flat=True)[:MOST_TENANTS], self.value() or ""}
+        return [(name, name) for name in sorted(names) if name]
+
+    def queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> QuerySet[Any]:
+        return queryset.filter(tenant=self.value()) if self.value() else queryset
 
 
 class AttentionFilter(admin.SimpleListFilter):

@@ -93,6 +93,8 @@ class RecordAdmin(_ModelAdmin):
         self, request: HttpRequest, context: dict[str, Any], *args: Any, **kwargs: Any
     ) -> HttpResponse:
         obj = context["original"]
+        if obj is None:  # it is being added
+            return super().render_change_form(request, context, *args, **kwargs)
         context["tools"] = self.tools(obj) if self.has_act_permission(request) else []
         # To the list and not here: Django runs this page's POST in a transaction, and a verb may
         # have to call QStash.

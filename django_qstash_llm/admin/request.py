@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlencode
 from uuid import UUID
 
 from django.contrib import admin
@@ -24,7 +25,7 @@ from ..models.callback import Kind
 from ..models.replay import TO_READ_AGAIN, may_be_read_anew
 from ..models.request import ANNOUNCED, UNFINISHED, LLMRequestQuerySet, State
 from . import about, actions, callback, chat, figures, story, text
-from .filters import AttentionFilter, ProviderFilter
+from .filters import AttentionFilter, ProviderFilter, TenantFilter
 from .health import HealthMixin
 from .record import RecordAdmin, Tool, filled, lines
 
@@ -73,7 +74,7 @@ class LLMRequestAdmin(HealthMixin, RecordAdmin):
         "time_column",
     )
     list_display_links = ("request_column",)
-    list_filter = ("state", ProviderFilter, "via", AttentionFilter)
+    list_filter = ("state", ProviderFilter, "via", TenantFilter, AttentionFilter)
     # Only makes the box appear; see get_search_results.
     search_fields = ("uuid",)
     search_help_text = _(
@@ -166,7 +167,7 @@ class LLMRequestAdmin(HealthMixin, RecordAdmin):
             (
                 _("Belongs to"),
                 (),
-                ("about_field", "user", "tenant", "labels_field", "metadata_field", "batch",
+                ("about_field", "user", "tenant_field", "labels_field", "metadata_field", "batch",
                  "conversation", "trigger", "resubmission_of", "resubmissions_field"),
             ),
             (
@@ -250,6 +251,14 @@ class LLMRequestAdmin(HealthMixin, RecordAdmin):
             )
             llm_request.resubmitted_as = list(again[:20])
         return llm_request
+
+    @admin.display(description=_("tenant"))
+    def tenant_field(self, llm_request: LLMRequest) -> SafeString | str:
+        if not llm_request.tenant:
+            return ""
+        query = urlencode({"tenant": llm_request.tenant})
+        url = self.list_url(self.model, f"?{query}")
+        return format_html('<a href="{}">{}</a>', url, llm_request.tenant)
 
     @admin.display(description=_("labels"))
     def labels_field(self, llm_request: LLMRequest) -> SafeString:

@@ -12,7 +12,7 @@ from django.utils.translation import gettext as _
 from django.utils.translation import ngettext
 
 from ..conf import app_settings
-from ..models import LLMRequest
+from ..models import Lane, LLMRequest
 from ..models.circuit import QSTASH, Circuit
 from ..models.request import ANNOUNCED, UNFINISHED, State
 from . import figures
@@ -86,6 +86,10 @@ def _pending(row: LLMRequest, now: datetime) -> Iterator[Sentence]:
     )
     if row.claimed_until and row.claimed_until > now:
         yield _("A worker is handing it over just now.")
+    elif lane := Lane.objects.using(row._state.db).holding(row, now):
+        yield " ".join(filter(None, [lane.pause_in_words, lane.remedy]))
+    elif row.queue and _is_behind_a_paused_one(row, now):
+        yield _("It is behind another of its queue, of which a lane is paused.")
     elif row.submit_after and row.submit_after > now:
         yield format_html(_("Next try {}."), figures.moment(row.submit_after, now=now))
     elif until := Circuit.objects.using(row._state.db).open_until(QSTASH, now):
@@ -101,9 +105,17 @@ def _pending(row: LLMRequest, now: datetime) -> Iterator[Sentence]:
     yield from _not_before(row, now)
 
 
+def _is_behind_a_paused_one(row: LLMRequest, now: datetime) -> bool:
+    held = Lane.objects.using(row._state.db).held(now)
+    before = LLMRequest.objects.using(row._state.db).pending().filter(queue=row.queue)
+    return bool(held) and before.filter(held, pk__lt=row.pk).exists()
+
+
 def _submitted(row: LLMRequest, now: datetime) -> Iterator[Sentence]:
     since = figures.moment(row.submitted_at, now=now)
     yield format_html(_("QStash has it; handed over {}."), since)
+    if lane := Lane.objects.using(row._state.db).holding(row, now):
+        yield lane.pause_in_words
     yield from _not_before(row, now)
     if not row.attempts:
         yield _("No attempt is known yet: the provider may be answering just now.")

@@ -4,6 +4,7 @@ from .batch import Batch
 from .callback import CallbackResponse
 from .circuit import Circuit
 from .conversation import Conversation
+from .lane import Lane
 from .request import LLMRequest
 
-__all__ = ["Batch", "CallbackResponse", "Circuit", "Conversation", "LLMRequest"]
+__all__ = ["Batch", "CallbackResponse", "Circuit", "Conversation", "LLMRequest", "Lane"]

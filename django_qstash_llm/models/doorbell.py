@@ -20,6 +20,8 @@ class Bell(StrEnum):
     """There are stored callbacks that could not be read when they came."""
     RECONCILE = "reconcile"
     """There are submitted requests of which nobody has heard past their deadline."""
+    LANES = "lanes"
+    """There are lanes of which QStash is to be told, or whose pause is over."""
 
 
 class _Ringing:

@@ -28,6 +28,7 @@ from ..qstash import (
     Accepted,
     AuthenticationError,
     Client,
+    FlowControl,
     InvalidOption,
     Message,
     NotFound,
@@ -41,6 +42,7 @@ from ..qstash import (
 )
 from ..signals import request_submitted
 from .circuit import CLOCKS_DIFFER, LONGEST_PAUSE, QSTASH, Circuit, CircuitQuerySet
+from .lane import Lane
 from .reconciler import known_message_id
 from .request import CLAIM_SECONDS, LLMRequest, LLMRequestQuerySet, OverTheWire
 
@@ -160,9 +162,12 @@ class Outbox:
         return qstash_client()
 
     def due(self, among: Q | None = None) -> LLMRequestQuerySet:
-        """Pending, not being submitted by anybody, not told to wait, nor behind one in its queue
-        that is. ``among`` narrows it: what it leaves out waits, and what is behind that in a queue."""
+        """Pending, not being submitted by anybody, not told to wait, in no paused lane, nor behind
+        one in its queue that is. ``among`` narrows it: what it leaves out waits, and what is behind
+        that in a queue."""
         now, among = self.clock(), among or Q()
+        if held := Lane.objects.using(self.using).held(now):
+            among &= ~held
         is_free, may_go = _is_free(now), _may_go(now)
         before_it = self.rows.pending().filter(queue=OuterRef("queue"), pk__lt=OuterRef("pk"))
         is_next = Q(queue="") | ~Exists(before_it.exclude(is_free, may_go, among))
@@ -324,7 +329,7 @@ class Outbox:
 
     def compose(self, llm_requests: Iterable[Claimed]) -> Iterator[Submission]:
         """Each row as QStash's message. A row that cannot become one fails, with the reason."""
-        composer = Composer()
+        composer = Composer(self.using, now=self.clock())
         for llm_request in llm_requests:
             try:
                 if not (llm_request.provider and llm_request.model):
@@ -674,7 +679,11 @@ def _of_no_group(answer: Accepted | Refused | list[Accepted | Refused]) -> Accep
 class Composer:
     """Turns rows into messages, sharing what rows share: it is encoded once, not once a row."""
 
-    def __init__(self) -> None:
+    def __init__(self, using: str = "default", *, now: datetime | None = None) -> None:
+        self.lanes = Lane.objects.using(using)
+        self.now = now or timezone.now()
+        self.is_pacing = app_settings().flow_control != "off"
+        self.paces: dict[tuple[str, str], FlowControl | None] = {}
         self.providers: dict[str, Provider] = {}
         self.callback_base = app_settings().callback_url("").removesuffix("/")
         self.shared: dict[tuple[object, ...], Options] = {}
@@ -697,18 +706,29 @@ class Composer:
         )
 
     def options(self, row: Claimed, provider: Provider) -> Options:
+        pace = self.pace(row, provider)
         # A moment of its own is the one thing that would fill this without being shared.
         if row.not_before is not None:
-            return row.options(provider.headers)
+            return row.options(provider.headers, pace)
         key = (
             provider.name,
             row.retries,
             row.retry_delay,
             row.timeout,
-            repr(row.flow_control),
+            pace or repr(row.flow_control),
             tuple(row.labels),
             tuple(row.redact),
         )
         if key not in self.shared:
-            self.shared[key] = row.options(provider.headers)
+            self.shared[key] = row.options(provider.headers, pace)
         return self.shared[key]
+
+    def pace(self, row: Claimed, provider: Provider) -> FlowControl | None:
+        """That of its lane, where it names no flow control of its own. The database is asked once
+        for each model."""
+        if not self.is_pacing or row.flow_control:
+            return None
+        lane = (provider.name, row.model)
+        if lane not in self.paces:
+            self.paces[lane] = self.lanes.flow_control(provider, row.model, now=self.now)
+        return self.paces[lane]

@@ -224,8 +224,11 @@ class OverTheWire:
         seconds = app_settings().deadline + (self.timeout or 0)
         return max(now, self.not_before or now) + timedelta(seconds=seconds)
 
-    def options(self, headers: Mapping[str, str] | None = None) -> Options:
-        """How QStash is to deliver it. ``headers`` are the provider's, with its key."""
+    def options(
+        self, headers: Mapping[str, str] | None = None, pace: FlowControl | None = None
+    ) -> Options:
+        """How QStash is to deliver it. ``headers`` are the provider's, with its key; ``pace`` is
+        that of its lane, where it has no flow control of its own."""
         secret = tuple(f"header[{name}]" for name in headers or ())
         callback = Options(retries=app_settings().callback_retries)
         return Options(
@@ -237,7 +240,7 @@ class OverTheWire:
             timeout=self.timeout,
             callback=callback,
             failure_callback=callback,
-            flow_control=FlowControl(**self.flow_control) if self.flow_control else None,
+            flow_control=FlowControl(**self.flow_control) if self.flow_control else pace,
             labels=tuple(self.labels),
             redact=(*secret, *(self.redact or ())),
         )

@@ -9,7 +9,7 @@ from django.utils import timezone
 
 from ... import triggers
 from ...exceptions import ConfigurationError
-from ...models import CallbackResponse, LLMRequest
+from ...models import CallbackResponse, Lane, LLMRequest
 from ...models.outbox import Outbox
 from ...models.reconciler import Reconciler
 
@@ -30,9 +30,11 @@ class Command(BaseCommand):
 
     def handle(self, *args: Any, database: str, **options: Any) -> None:
         outbox, reconciler = Outbox(database), Reconciler(database)
-        receipts = CallbackResponse.objects.using(database)
+        receipts, lanes = CallbackResponse.objects.using(database), Lane.objects.using(database)
         applied = asked = announced = 0
         try:
+            while lanes.see_to():
+                pass
             while outbox.submit():
                 pass
             while read := receipts.apply_due(now=timezone.now()):
@@ -53,6 +55,8 @@ class Command(BaseCommand):
             f"{applied} callbacks read again. {asked} overdue: {reconciler.recovered} recovered, "
             f"{reconciler.failed} failed, {reconciler.lost} lost, {reconciler.waiting} waiting."
         )
+        for lane in lanes.paused(timezone.now()):
+            self.stdout.write(lane.pause_in_words)
         if reconciler.problem:
             self.stderr.write(f"Some could not be asked about: {reconciler.problem}")
         if outbox.problem:
