@@ -242,10 +242,10 @@ def test_the_number_of_queries_is_constant() -> None:
     what_to_look_at()
     with CaptureQueriesContext(connection) as many:
         read()
-    assert (len(few), len(many)) == (13, 13)
+    assert (len(few), len(many)) == (15, 15)
     with CaptureQueriesContext(connection) as pulse:
         Pulse.read(now=NOW)
-    assert len(pulse) == 4
+    assert len(pulse) == 5
 
 
 def plans() -> Iterator[tuple[str, str]]:
@@ -279,6 +279,7 @@ def test_no_large_table_is_read_through(is_analysed: bool) -> None:
         # It guesses that no state has more than ten.
         unannounced = ("llm_request_unannounced", "llm_request_state")
     few = [
+        ("llm_lane_paused",),
         ("llm_request_pending", "llm_request_state"),
         unannounced,
         ("llm_request_deadline", "llm_request_state"),
@@ -291,6 +292,7 @@ def test_no_large_table_is_read_through(is_analysed: bool) -> None:
         unannounced,
         ("llm_request_unpriced",),
         ("callback_response_next_key",),
+        ("llm_lane_paused",),
     ]
     for (sql, plan), indexes in zip(plans(), few, strict=True):
         reads = re.findall(
@@ -432,7 +434,7 @@ def test_a_database_that_is_down_is_told_to_the_staff_as_well(admin_client: Clie
 def test_anybody_costs_few_queries(client: Client) -> None:
     with CaptureQueriesContext(connection) as queries:
         client.get(URL)
-    assert len(queries) == 4
+    assert len(queries) == 5
 
 
 def test_a_site_without_sessions_has_a_health_page(client: Client) -> None:

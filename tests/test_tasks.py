@@ -13,7 +13,7 @@ from celery.signals import task_prerun
 from django.utils import timezone
 
 from django_qstash_llm import tasks
-from django_qstash_llm.models import CallbackResponse, LLMRequest
+from django_qstash_llm.models import CallbackResponse, Lane, LLMRequest
 from django_qstash_llm.models.doorbell import Bell
 from django_qstash_llm.signals import request_failed
 
@@ -23,9 +23,10 @@ from .wire import FakeQStash
 pytestmark = pytest.mark.django_db
 
 MESSAGES = [{"role": "user", "content": "?"}]
-TASKS = [tasks.submit, tasks.apply, tasks.reconcile, tasks.announce]
+TASKS = [tasks.submit, tasks.apply, tasks.reconcile, tasks.announce, tasks.lanes]
 SUBMIT, ANNOUNCE = "django_qstash_llm.submit", "django_qstash_llm.announce"
 APPLY, RECONCILE = "django_qstash_llm.apply", "django_qstash_llm.reconcile"
+LANES = "django_qstash_llm.lanes"
 
 
 @pytest.fixture
@@ -116,9 +117,25 @@ def test_sweep_with_nothing_to_do_rings_nothing(
     bulk(2, state="failed", announce_tries=5)
     bulk(2, state="submitted", deadline_at=timezone.now() + timedelta(hours=1))
     unread(apply_after=timezone.now() + timedelta(hours=1))
-    with django_assert_max_num_queries(4):
+    with django_assert_max_num_queries(6):
         tasks.sweep()
     assert rung == []
+
+
+def test_sweep_finds_lanes_that_qstash_is_to_be_told_of_or_whose_pause_is_over(
+    rung: list[str], qstash: FakeQStash
+) -> None:
+    now = timezone.now()
+    Lane.objects.create(queue="untold", paused_at=now, is_held=None)
+    over = {"paused_at": now - timedelta(hours=1), "paused_until": now - timedelta(seconds=1)}
+    ended = Lane.objects.create(tenant="acme", **over)
+    bulk(1, tenant="acme")
+    tasks.sweep()
+    assert (rung[0], SUBMIT in rung) == (LANES, True)
+    assert "POST /v2/queues/untold/pause" in qstash.calls
+    ended.refresh_from_db()
+    assert (ended.is_paused, ended.resumed_by) == (False, "")
+    assert LLMRequest.objects.submitted().count() == 1
 
 
 def test_submit_rings_again_for_what_one_task_does_not_manage(rung: list[str]) -> None:
