@@ -31,6 +31,7 @@ from django_qstash_llm.models import (
     CallbackResponse,
     Circuit,
     Conversation,
+    Lane,
     LLMRequest,
 )
 from django_qstash_llm.models.callback import Kind
@@ -54,6 +55,8 @@ CONVERSATIONS = "admin:django_qstash_llm_conversation_changelist"
 CONVERSATION = "admin:django_qstash_llm_conversation_change"
 CIRCUITS = "admin:django_qstash_llm_circuit_changelist"
 CIRCUIT = "admin:django_qstash_llm_circuit_change"
+LANES = "admin:django_qstash_llm_lane_changelist"
+LANE = "admin:django_qstash_llm_lane_change"
 MESSAGES = [{"role": "user", "content": "?"}]
 ANSWERED = json.dumps(ANSWER).encode()
 
@@ -1263,6 +1266,152 @@ def test_a_circuit_is_shown_and_closed_by_who_may(
     assert admin_client.post(delete, {"post": "yes"}).status_code == 403
 
 
+# --- lanes ------------------------------------------------------------------------------------
+
+
+def broke() -> Lane:
+    """OpenAI wants money."""
+    words = "You exceeded your quota <b>now</b>."
+    paused = {"paused_at": timezone.now(), "trouble": "money", "reason": words}
+    return Lane.objects.create(provider="openai", **paused)
+
+
+def test_a_lane_is_paused_and_resumed_by_its_buttons(
+    admin_client: Client, qstash: FakeQStash
+) -> None:
+    lane = Lane.objects.create(tenant="acme")
+    pending(tenant="acme")
+    assert page_of(admin_client, LANE, lane).buttons() == ["pause"]
+    response = act(admin_client, LANES, "pause", lane, from_page="1")
+    assert messages_of(response) == ["1 lane is paused."]
+    page = page_of(admin_client, LANE, lane)
+    assert page.buttons() == ["resume"]
+    assert re.search("Paused by: +admin", page.text)
+    assert "What QStash has already goes on." in page.text
+    (waiting,) = [href for href in page.values("a", "href") if "state__exact=pending" in href]
+    assert "1 LLM request" in Page(admin_client.get(waiting)).text
+
+    response = act(admin_client, LANES, "resume", lane, from_page="1")
+    assert messages_of(response) == ["1 lane goes on."]
+    lane.refresh_from_db()
+    assert (lane.is_paused, lane.resumed_by) == (False, "admin")
+    notes = LogEntry.objects.order_by("pk").values_list("change_message", flat=True)
+    told = [str(note) for note in notes]
+    assert told[0].startswith("Lane tenant acme is paused since")
+    assert told[1].startswith("Resumed. Before: Lane tenant acme is paused since")
+    assert "admin" in told[1]
+
+
+def test_what_has_no_lane_yet_is_paused_from_the_form(
+    admin_client: Client, qstash: FakeQStash
+) -> None:
+    add = reverse("admin:django_qstash_llm_lane_add")
+    assert "Pause a lane" in Page(admin_client.get(add)).text
+    for reason in ("a new key", "a newer key"):  # the second time it is there already
+        data = {"provider": "openai", "model": "m", "reason": reason}
+        response = admin_client.post(add, data)
+        assert response.status_code == 302
+        lane = Lane.objects.get()
+        assert (lane.paused_by, lane.reason) == ("admin", reason)
+        assert messages_of(response)[-1] == lane.pause_in_words
+    assert LogEntry.objects.count() == 2
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        ({}, "name at least one of provider, model, tenant, queue"),
+        ({"provider": "opnai"}, "there are anthropic, openai, upstash"),
+        ({"queue": "a b"}, "is not a name"),
+        (
+            {"tenant": "acme", "paused_until_0": "2020-01-01", "paused_until_1": "00:00"},
+            "It has passed",
+        ),
+    ],
+)
+def test_a_lane_of_nothing_is_refused_by_the_form(
+    admin_client: Client, data: dict[str, str], problem: str
+) -> None:
+    response = admin_client.post(reverse("admin:django_qstash_llm_lane_add"), data)
+    assert problem in Page(response).text
+    assert not Lane.objects.exists()
+
+
+def test_lanes_are_for_those_who_may(staff_client: Callable[..., Client]) -> None:
+    lane = broke()
+    viewer = staff_client("view_lane", "change_lane", "add_lane", "delete_lane")
+    assert page_of(viewer, LANE, lane).buttons() == []
+    act(viewer, LANES, "resume", lane)
+    lane.refresh_from_db()
+    assert lane.is_paused
+    for name, args in (("add", []), ("delete", [lane.pk])):
+        url = reverse(f"admin:django_qstash_llm_lane_{name}", args=args)
+        assert viewer.post(url, {"post": "yes"}).status_code == 403
+
+
+def test_what_a_provider_paused_is_told_at_the_top_of_our_pages(admin_client: Client) -> None:
+    index = reverse("admin:app_list", args=["django_qstash_llm"])
+    health = reverse("admin:django_qstash_llm_llmrequest_health")
+    pages = [reverse(REQUESTS), reverse(RECEIPTS), reverse(LANES), index, health]
+    assert "is paused" not in Page(admin_client.get(index)).text
+    Lane.objects.named(tenant="acme").pause(by="ada", reason="a person's own")
+    assert "llm-paused" not in Page(admin_client.get(index)).html
+    lane = broke()
+    for url in pages:
+        page = Page(admin_client.get(url))
+        assert_inert(page)
+        assert "Lane openai is paused since" in page.text
+        assert "You exceeded your quota <b>now</b>." in page.text
+        assert "pay at the provider's console, then resume." in page.text
+        assert reverse(LANE, args=[lane.pk]) in page.values("a", "href")
+    lane.resume(by="ada")
+    assert "llm-paused" not in Page(admin_client.get(index)).html
+
+
+def test_who_may_not_see_lanes_is_not_told_of_them(staff_client: Callable[..., Client]) -> None:
+    broke()
+    client = staff_client("view_llmrequest")
+    for url in (reverse(REQUESTS), reverse("admin:app_list", args=["django_qstash_llm"])):
+        assert "exceeded your quota" not in Page(client.get(url)).text
+
+
+def test_a_request_says_for_which_lane_it_waits(admin_client: Client) -> None:
+    behind = [pending(queue="q", via="enqueue", provider=name) for name in ("openai", "anthropic")]
+    broke()
+    waiting, after = (page_of(admin_client, REQUEST, row).text for row in behind)
+    assert "Lane openai is paused since" in waiting
+    assert "then resume." in waiting
+    assert "behind another of its queue, of which a lane is paused" in after
+    assert "Lane openai is paused" in page_of(admin_client, REQUEST, submitted()).text
+
+
+def test_a_lane_shows_what_was_learned_and_what_qstash_was_told(
+    admin_client: Client, qstash: FakeQStash
+) -> None:
+    limit = {"learned_limit": 600, "learned_period": 60, "learned_at": timezone.now()}
+    lane = Lane.objects.create(provider="openai", model="m", key="k", **limit)
+    shown = page_of(admin_client, LANE, lane).text
+    assert "600 requests in 60 s" in shown
+    assert "QStash delivers it." in shown
+    lane.pause(by="ada")
+    assert "QStash is being told." in page_of(admin_client, LANE, lane).text
+    Lane.objects.update(tell_problem="QStash answered 503")
+    provider = Lane.objects.named(provider="openai")
+    assert "QStash answered 503" in page_of(admin_client, LANE, provider).text
+    Lane.objects.filter(key="k").update(is_held=True)
+    for held in (lane, provider):
+        assert "QStash holds what it has of it." in page_of(admin_client, LANE, held).text
+
+
+def test_requests_of_a_tenant_are_found(admin_client: Client) -> None:
+    row = pending(tenant="acme & co")
+    pending(tenant="other")
+    links = page_of(admin_client, REQUEST, row).values("a", "href")
+    (of_tenant,) = [href for href in links if "?tenant=" in href]
+    response = admin_client.get(of_tenant)
+    assert [found.pk for found in response.context["cl"].result_list] == [row.pk]
+
+
 def test_receipts_are_found_by_request_and_message(admin_client: Client) -> None:
     wanted = receipt_of(submitted())
     receipt_of(submitted(), source_message_id="msg_8")
@@ -1283,7 +1432,8 @@ def test_a_conversation_is_shown_turn_by_turn(admin_client: Client) -> None:
 
 def test_the_pages_carry_no_inline_style_or_script(admin_client: Client) -> None:
     fill(1)
-    for name in (REQUESTS, BATCHES, RECEIPTS, CONVERSATIONS):
+    broke()
+    for name in (REQUESTS, BATCHES, RECEIPTS, CONVERSATIONS, LANES):
         page = page_of(admin_client, name)
         assert page.inline_code == []
         assert not [attrs for _, attrs in page.elements if "style" in attrs]

@@ -322,6 +322,11 @@ def test_other_databases_need_no_such_options() -> None:
         ({"ORPHAN_RETENTION_DAYS": -1}, "E007"),
         ({"DEADLINE": 0}, "E007"),
         ({"HEALTH_LATE": -5.0}, "E007"),
+        ({"FLOW_CONTROL": "learnt"}, "E007"),
+        ({"LEARNED_SHARE": 0.0}, "E007"),
+        ({"LEARNED_SHARE": 1.1}, "E007"),
+        ({"PAUSE_ON": ["money", "auth"]}, "E007"),
+        ({"PAUSE_FROM": 0}, "E007"),
         ({"HEALTH_TOKEN": "short"}, "E010"),
     ],
 )

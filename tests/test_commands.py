@@ -12,7 +12,7 @@ from django.core.management import CommandError, call_command
 from django.test import override_settings
 from django.utils import timezone
 
-from django_qstash_llm.models import CallbackResponse, LLMRequest
+from django_qstash_llm.models import CallbackResponse, Lane, LLMRequest
 from django_qstash_llm.qstash import Callback, DeadLetter, LogEntry, MessageRecord
 
 from .conftest import ANSWER
@@ -148,3 +148,60 @@ def test_commands_look_where_a_router_has_put_our_rows(
     with pytest.raises(CommandError, match="1 of 1 could not be done"):
         call_command("llm_replay", str(row.uuid), "--dead-letters", "drop", stdout=out)
     assert f"{row.uuid} - refused: {row.uuid} has no known dead letter." in out.getvalue()
+
+
+def lanes(*arguments: str) -> str:
+    out = StringIO()
+    call_command("llm_lanes", *arguments, stdout=out)
+    return out.getvalue()
+
+
+def test_a_lane_is_paused_listed_and_resumed(qstash: FakeQStash) -> None:
+    assert lanes() == ""
+    told = lanes("pause", "--provider", "openai", "--reason", "a new key", "--by", "ada")
+    lane = Lane.objects.get()
+    LLMRequest.objects.bulk_create([LLMRequest(messages=MESSAGES)])
+    assert told == f"{lane.pause_in_words} 0 wait.\n"
+    assert lanes() == f"{lane.pause_in_words} 1 wait.\n"
+    assert sweep().startswith("0 submitted, 0 announced, 1 still pending.\n")
+    assert lane.pause_in_words in sweep()
+    assert lanes("resume", "--provider", "openai") == "openai: open.\n"
+    lane.refresh_from_db()
+    assert (lane.is_paused, lane.resumed_by) == (False, "llm_lanes")
+    assert sweep().startswith("1 submitted")
+
+
+def test_a_lane_is_paused_for_a_while(qstash: FakeQStash) -> None:
+    lanes("pause", "--tenant", "acme", "--for", "1h30m")
+    span = Lane.objects.get().paused_until - timezone.now()
+    assert timedelta(minutes=89) < span <= timedelta(minutes=90)
+    lanes("pause", "--tenant", "acme", "--until", "2999-01-01T08:00+01:00")
+    assert Lane.objects.get().paused_until.isoformat() == "2999-01-01T07:00:00+00:00"
+
+
+def test_sweep_tells_qstash_of_lanes(qstash: FakeQStash) -> None:
+    lanes("pause", "--queue", "slow")
+    assert Lane.objects.get().is_held is None
+    qstash.answer = lambda request: httpx.Response(200)
+    sweep()
+    assert Lane.objects.get().is_held is True
+    assert qstash.calls == ["POST /v2/queues/slow/pause"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["pause"], "--provider: name at least one of provider, model, tenant, queue"),
+        (["pause", "--provider", "opnai"], "--provider: there is no 'opnai'"),
+        (["pause", "--tenant", "a", "--for", "long"], "--for long: give a duration"),
+        (["pause", "--tenant", "a", "--until", "noon"], "--until noon: give a moment"),
+        (["pause", "--tenant", "a", "--until", "2026-13-01T00:00"], "--until 2026-13"),
+        (["pause", "--tenant", "a", "--until", "2001-01-01T00:00"], "--until: .* has passed"),
+        (["resume", "--tenant", "a"], "There is no lane --tenant a"),
+        (["resume", "--queue", "open"], "Lane queue open is not paused"),
+    ],
+)
+def test_what_is_wrong_with_a_lane_names_the_option(arguments: list[str], problem: str) -> None:
+    Lane.objects.create(queue="open")
+    with pytest.raises(CommandError, match=problem):
+        lanes(*arguments)

@@ -10,12 +10,15 @@ from django_qstash_llm.exceptions import ConfigurationError, InvalidRequest
 from django_qstash_llm.providers import (
     HOSTED_MODELS,
     OPTIONS,
+    Pace,
     Provider,
     build_provider,
     chat_url,
     endpoint_url,
     get_provider,
 )
+from django_qstash_llm.qstash import FlowControl
+from django_qstash_llm.qstash.options import check_name
 
 BEARER = {"Authorization": "Bearer sk-1"}
 
@@ -204,6 +207,27 @@ def test_anthropic_has_its_own_endpoint() -> None:
         ("mine", {"BASE_URL": "https://"}, "not an http(s) URL"),
         ("mine", 7, "is not a dictionary"),
         ("", {"BASE_URL": "https://h"}, "1 to 64 characters"),
+        *(
+            ("openai", {"API_KEY": "k", "FLOW_CONTROL": given}, f"['FLOW_CONTROL']{said}")
+            for given, said in [
+                (7, " is not a dictionary"),
+                ({"rate": 5}, " has no 'rate'; there are PARALLELISM, RATE, PERIOD, GROUPS"),
+                ({"RATE": 0}, "['RATE']: 0 is not a whole number of at least 1"),
+                ({"RATE": "5"}, "['RATE']: '5' is not a whole number"),
+                ({"PARALLELISM": 1.5}, "['PARALLELISM']: 1.5 is not a whole number"),
+                ({"RATE": 5, "PERIOD": 604_801}, "['PERIOD']: longer than 7 days"),
+                ({"PERIOD": 5}, "['PERIOD'] is given without a RATE"),
+                ({"GROUPS": []}, "['GROUPS'] is not a dictionary"),
+                ({"GROUPS": {"g": ["m"]}}, "['GROUPS']['g'] is not a dictionary"),
+                ({"GROUPS": {"g": {"RATE": 1}}}, "['GROUPS']['g']['MODELS'] is not a list"),
+                ({"GROUPS": {"g": {"MODELS": "m"}}}, "['GROUPS']['g']['MODELS'] is not a list"),
+                ({"GROUPS": {"g": {"MODELS": ["m"], "RATE": -1}}}, "['GROUPS']['g']['RATE']: -1"),
+                (
+                    {"GROUPS": {"g": {"MODELS": ["m"]}, "h": {"MODELS": ["n", "m"]}}},
+                    "['GROUPS']['h']: 'm' is in another group already",
+                ),
+            ]
+        ),
     ],
 )
 def test_wrong_entry_is_named(name: str, options: Any, said: str) -> None:
@@ -285,3 +309,34 @@ def test_anthropics_system_prompt_stands_apart(before: list[Any], system: Any) -
 
 def test_anthropics_max_tokens_may_be_asked_for() -> None:
     assert body("anthropic", ASK, max_tokens=99, temperature=0)["max_tokens"] == 99
+
+
+def test_pace_is_that_of_the_model_or_of_its_group() -> None:
+    groups = {"g": {"MODELS": ["a", "b"], "RATE": 9}, "h": {"MODELS": ["c"]}}
+    pace = {"PARALLELISM": 2, "RATE": 5, "PERIOD": 60, "GROUPS": groups}
+    provider = build_provider("openai", {"API_KEY": "k", "FLOW_CONTROL": pace})
+    alike = {"parallelism": 2, "period": 60}
+    of_g = Pace(key="llm.openai.group.g", models=("a", "b"), rate=9, **alike)
+    assert provider.pace("a") == provider.pace("b") == of_g
+    assert provider.pace("c") == Pace(key="llm.openai.group.h", models=("c",), rate=5, **alike)
+    assert provider.pace("d") == Pace(key="llm.openai.d", models=("d",), rate=5, **alike)
+
+
+def test_without_a_pace_there_is_no_flow_control() -> None:
+    provider = build_provider("openai", {"API_KEY": "k"})
+    assert provider.pace("m").flow_control() is None
+    slow = provider.pace("m").at_most(10, 60)
+    assert slow.flow_control() == FlowControl(key="llm.openai.m", rate=10, period=60)
+    assert slow.at_most(1, 1) == slow
+    assert slow.at_most(1, 7) != slow
+
+
+@pytest.mark.parametrize("model", ["m/n", "m n", "ü" * 255, "m" * 255, "."])
+@pytest.mark.parametrize("name", ["openai", "my.own", "ß", "p" * 64])
+def test_every_model_has_a_key_of_its_own_that_can_be_sent(name: str, model: str) -> None:
+    provider = build_provider(name, {"API_KEY": "k", "BASE_URL": "https://h"})
+    others = [f"{model[:-1]}-", f"{model[:-1]}x", model.replace("/", "-")]
+    key = provider.pace(model).key
+    check_name("key", key)
+    assert len(key) <= 255
+    assert key not in [provider.pace(other).key for other in others if other != model]

@@ -82,6 +82,16 @@ class LaneAdmin(RecordAdmin):
         obj.pk = lane.pk
         obj.refresh_from_db()
 
+    def add_view(self, request: HttpRequest, form_url: str = "", extra_context: Any = None) -> Any:
+        title = {"title": _("Pause a lane")}
+        return super().add_view(request, form_url, {**title, **(extra_context or {})})
+
+    def response_add(
+        self, request: HttpRequest, obj: Any, post_url_continue: str | None = None
+    ) -> HttpResponse:
+        self.message_user(request, obj.pause_in_words, messages.SUCCESS)
+        return self.response_post_save_add(request, obj)
+
     def log_addition(self, request: HttpRequest, obj: Any, message: Any) -> Any:
         return self.log_change(request, obj, obj.pause_in_words)
 
