@@ -97,6 +97,16 @@ def test_the_providers_of_the_example_can_be_built() -> None:
     }
 
 
+def test_the_pace_of_the_example_is_that_of_its_models() -> None:
+    namespace: dict[str, Any] = {}
+    exec(example('"GROUPS"').replace("…", "key"), namespace)  # noqa: S102
+    given = namespace["QSTASH_LLM"]
+    AppSettings(flow_control=given["FLOW_CONTROL"]).check_pacing()
+    provider = providers.build_provider("openai", given["PROVIDERS"]["openai"])
+    rates = {model: provider.pace(model).rate for model in ("gpt-5.4", "gpt-5.4-mini", "other")}
+    assert rates == {"gpt-5.4": 1000, "gpt-5.4-mini": 1000, "other": 500}
+
+
 @pytest.mark.django_db(transaction=True)
 def test_the_examples_of_asking_run_as_they_stand(qstash: FakeQStash) -> None:
     article = Article.objects.create(title="A", body="B", summary="already there")

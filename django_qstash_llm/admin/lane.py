@@ -176,28 +176,32 @@ class LaneAdmin(RecordAdmin):
 
     @admin.action(permissions=["act"], description=_("Pause selected %(verbose_name_plural)s"))
     def pause(self, request: HttpRequest, queryset: QuerySet[Lane]) -> HttpResponse | None:
-        lanes = list(queryset)
+        # What is paused already keeps its reason.
+        lanes = list(queryset.filter(paused_at=None))
         for lane in lanes:
             lane.pause(by=_who(request))
             self.log_change(request, lane, lane.pause_in_words)
         sentence = ngettext("%d lane is paused.", "%d lanes are paused.", len(lanes))
         self.message_user(request, sentence % len(lanes), messages.SUCCESS)
-        return actions.back_to_page(self, request, lanes[0] if lanes else None)
+        return actions.back_to_page(self, request, queryset.first())
 
     @admin.action(permissions=["act"], description=_("Resume selected %(verbose_name_plural)s"))
     def resume(self, request: HttpRequest, queryset: QuerySet[Lane]) -> HttpResponse | None:
-        paused = [lane for lane in queryset if lane.is_paused]
-        outcome = actions.use_verb(
-            queryset.filter(paused_at__isnull=False), lambda lane: lane.resume(by=_who(request))
-        )
-        was = {lane.pk: lane.pause_in_words for lane in paused}
-        for lane, _nothing in outcome.done:
-            said = gettext("Resumed. Before: %s") % was.get(lane.pk, "")
-            self.log_change(request, lane, said)
+        paused = queryset.filter(paused_at__isnull=False)
+        outcome = actions.use_verb(paused, lambda lane: _resume(lane, by=_who(request)))
+        for lane, before in outcome.done:
+            self.log_change(request, lane, gettext("Resumed. Before: %s") % before)
         number = len(outcome.done)
         sentence = ngettext("%d lane goes on.", "%d lanes go on.", number)
         self.message_user(request, sentence % number, messages.SUCCESS)
         return actions.back_to_page(self, request, queryset.first())
+
+
+def _resume(lane: Lane, *, by: str) -> str:
+    """Answers what its pause said."""
+    before = lane.pause_in_words
+    lane.resume(by=by)
+    return before
 
 
 def _who(request: HttpRequest) -> str:

@@ -466,8 +466,9 @@ def learn_from(receipts: Iterable[CallbackResponse], *, now: datetime | None = N
             using, at = receipt._state.db or "default", _answered_at(receipt)
             header = {name: values[0] for name, values in receipt.header.items() if values}
             reading = read(receipt.status, header, bytes(receipt.body), now=at.timestamp())
-            with transaction.atomic(using=using):
-                _pause_for(reading, llm_request, using=using, at=at, now=now)
+            if reading.trouble is not None and reading.trouble in app_settings().pause_on:
+                with transaction.atomic(using=using):
+                    _pause_for(reading, llm_request, using=using, at=at, now=now)
             if limit := _learnable(reading):
                 way = (using, llm_request.provider, llm_request.model)
                 limits[way] = max(
@@ -500,13 +501,11 @@ def _answered_at(receipt: CallbackResponse) -> datetime:
 def _pause_for(
     reading: Reading, llm_request: LLMRequest, *, using: str, at: datetime, now: datetime
 ) -> None:
-    conf, trouble, wait = app_settings(), reading.trouble, reading.wait
-    if trouble is None or trouble not in conf.pause_on:
-        return
-    lanes, provider = Lane.objects.using(using), llm_request.provider
-    if trouble is Trouble.MONEY:
+    lanes, provider, wait = Lane.objects.using(using), llm_request.provider, reading.wait
+    least = app_settings().pause_from
+    if reading.trouble is Trouble.MONEY:
         lanes._of(provider=provider).pause_for(reading, at=at, until=None, now=now)
-    elif wait is not None and wait >= conf.pause_from and at + timedelta(seconds=wait) > now:
+    elif wait is not None and wait >= least and at + timedelta(seconds=wait) > now:
         until = at + timedelta(seconds=wait)
         for model in _sharing_its_limit(provider, llm_request.model):
             lane = lanes._of(provider=provider, model=model)
