@@ -247,6 +247,9 @@ class AppSettings:
 
     def check_pacing(self) -> None:
         """Raise ``ConfigurationError`` unless it is clear what paces requests, and what pauses them."""
+        for name in ("flow_control", "learned_share", "pause_on", "pause_from"):
+            if name in self.mistyped:
+                raise ConfigurationError(" ".join(self.mistyped[name]))
         if self.flow_control not in ("off", "configured", "learned"):
             raise ConfigurationError(
                 f"QSTASH_LLM['FLOW_CONTROL'] is {self.flow_control!r}; "

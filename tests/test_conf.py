@@ -280,3 +280,21 @@ def test_providers_given_whole_win_over_single_keys() -> None:
         env(QSTASH_LLM_PROVIDERS='{"x": {"BASE_URL": "http://x"}}', OPENAI_API_KEY="k")
     )
     assert given["QSTASH_LLM"]["PROVIDERS"] == {"x": {"BASE_URL": "http://x"}}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"flow_control": "learnt"}, "['FLOW_CONTROL'] is 'learnt'; give 'off', 'configured'"),
+        ({"flow_control": ["off"]}, "['FLOW_CONTROL'] is a list. Give a text"),
+        ({"learned_share": 1.5}, "['LEARNED_SHARE'] is 1.5; give more than 0, 1 at most"),
+        ({"learned_share": "0.5"}, "['LEARNED_SHARE'] is a str. Give a number"),
+        ({"pause_on": ["auth"]}, "['PAUSE_ON'] holds 'auth'; there are money, rate, daily"),
+        ({"pause_on": "money"}, "['PAUSE_ON'] is a str. Give a list or tuple"),
+        ({"pause_from": 0.0}, "['PAUSE_FROM'] is 0.0; give more than 0 seconds"),
+    ],
+)
+def test_what_paces_and_pauses_must_be_clear(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigurationError) as told:
+        AppSettings(**given).check_pacing()
+    assert said in str(told.value)

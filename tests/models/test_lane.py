@@ -12,6 +12,7 @@ import pytest
 from django.conf import settings as site
 from django.db import transaction
 from django.test import override_settings
+from django.utils import timezone
 
 from django_qstash_llm.exceptions import IllegalState, InvalidRequest
 from django_qstash_llm.models import CallbackResponse, Lane, LLMRequest
@@ -27,6 +28,7 @@ from django_qstash_llm.models.lane import (
 )
 from django_qstash_llm.models.outbox import Outbox
 from django_qstash_llm.qstash import FlowControl, Message, Options
+from django_qstash_llm.server.delivery import Engine
 from django_qstash_llm.server.models import FlowControlKey, Queue
 from django_qstash_llm.server.models import Message as StoredMessage
 from tests.conftest import ANSWER
@@ -114,6 +116,14 @@ def attempt(
 
 def slow_down(seconds: int, **fields: Any) -> CallbackResponse:
     return attempt(429, TOO_FAST, header={"Retry-After": [str(seconds)]}, **fields)
+
+
+def deliver_everything() -> None:
+    """What QStash does when the time of every retry has come."""
+    StoredMessage.objects.filter(due_at__gt=timezone.now()).update(due_at=timezone.now())
+    engine = Engine()
+    engine.deliver_due()
+    engine.close()
 
 
 # --- what is pending ---
@@ -491,6 +501,27 @@ def test_a_provider_without_money_is_paused_with_its_words(qstash: FakeQStash) -
     assert (paused.paused_at, paused.paused_until) == (NOW, None)
     assert "exceeded your current quota" in paused.reason
     assert "then resume" in paused.remedy
+
+
+@pytest.mark.django_db(transaction=True)
+def test_what_a_provider_without_money_refused_is_answered_once_somebody_paid(wire: Wire) -> None:
+    """Over our own server, from the refusal to the answer."""
+    answers = [httpx.Response(429, json=NO_MONEY), httpx.Response(200, content=DONE)]
+    wire.hosts["provider.test"] = lambda request: answers.pop(0)
+    with ours(pace=PACED):
+        row = ask()
+        learn_from(CallbackResponse.objects.all())
+        paused = Lane.objects.named(provider="openai")
+        waiting = ask()
+        deliver_everything()
+        assert (len(answers), holds(KEY), paused.trouble) == (1, True, "money")
+
+        answers.append(httpx.Response(200, content=DONE))
+        paused.resume(by="ada")
+        deliver_everything()
+    ends = LLMRequest.objects.order_by("pk").values_list("pk", "state", "attempts")
+    assert list(ends) == [(row.pk, "completed", 2), (waiting.pk, "completed", 1)]
+    assert not Lane.objects.exclude(is_held=False).exists()
 
 
 def test_what_was_asked_before_a_person_resumed_does_not_pause_again(qstash: FakeQStash) -> None:
