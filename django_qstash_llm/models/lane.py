@@ -75,8 +75,15 @@ class LaneQuerySet(models.QuerySet["Lane"]):
 
     def holding(self, llm_request: LLMRequest, now: datetime) -> Lane | None:
         """The paused lane for which it waits."""
-        either = [Q(**{f"{name}__in": ("", getattr(llm_request, name))}) for name in SCOPE]
-        return self.paused(now).filter(*either).order_by("pk").first()
+        conf = app_settings()
+        of_it = {
+            "provider": llm_request.provider or conf.default_provider,
+            "model": llm_request.model or conf.default_model,
+            "tenant": llm_request.tenant,
+            "queue": llm_request.queue,
+        }
+        either = {f"{name}__in": ("", value) for name, value in of_it.items()}
+        return self.paused(now).filter(**either).order_by("pk").first()
 
     # --- pacing ---
 

@@ -161,6 +161,7 @@ def test_what_names_no_provider_is_of_the_default_ones_lane(outbox: Outbox) -> N
         paused = lane(**scope)
         paused.pause(by="ada", now=NOW)
         assert (outbox.submit(), paused.waiting().count()) == (0, 1)
+        assert Lane.objects.holding(LLMRequest.objects.get(), NOW) == paused
         paused.resume(by="ada", now=NOW)
     lane(provider="anthropic").pause(by="ada", now=NOW)
     assert outbox.submit() == 1
