@@ -206,9 +206,9 @@ def _cursor(row: Any) -> str:
 def _beyond(cursor: str, moment: str, *, is_descending: bool) -> Q:
     """What comes after a cursor of ours, or after unix milliseconds: QStash's own clients are
     documented to begin with ``Date.now()``."""
-    if match := re.fullmatch(r"[0-9]{1,15}-([0-9]{1,18})", cursor, re.ASCII):
+    if match := re.fullmatch(r"[0-9]{1,14}-([0-9]{1,18})", cursor, re.ASCII):
         return Q(**{"pk__lt" if is_descending else "pk__gt": int(match[1])})
-    if not re.fullmatch(r"[0-9]{1,15}", cursor, re.ASCII):
+    if not re.fullmatch(r"[0-9]{1,14}", cursor, re.ASCII):
         raise Refusal(400, "invalid cursor")
     return (_to if is_descending else _from)(moment)([cursor])
 

@@ -293,7 +293,7 @@ def _counted(most: int, meaning: str = "At most so many.") -> Described:
 
 def _paged(most: int) -> list[Described]:
     order = {"type": "string", "enum": ["earliestFirst", "latestFirst"]}
-    cursor = {"type": "string", "pattern": "^([0-9]{1,15}(-[0-9]{1,18})?)?$"}
+    cursor = {"type": "string", "pattern": "^([0-9]{1,14}(-[0-9]{1,18})?)?$"}
     return [
         _counted(most),
         _in_query("order", order),
