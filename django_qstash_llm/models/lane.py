@@ -13,6 +13,7 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import urlsplit
 
 from django.conf import settings
 from django.db import models, transaction
@@ -26,7 +27,14 @@ from ..conf import app_settings, qstash_client
 from ..exceptions import ConfigurationError, IllegalState, InvalidRequest
 from ..limits import HOUR, Limit, Reading, Trouble, read
 from ..providers import Provider, get_provider
-from ..qstash import Client, FlowControl, InvalidOption, NotFound, QStashError
+from ..qstash import (
+    Client,
+    FlowControl,
+    InvalidOption,
+    NotFound,
+    QStashError,
+    ResponseError,
+)
 from ..qstash.options import check_name
 from .doorbell import Bell, ring_on_commit
 from .request import LLMRequest, LLMRequestQuerySet
@@ -293,7 +301,7 @@ class Lane(models.Model):
                 **_OPEN, resumed_at=now, resumed_by=clean_text(by, limit=255)
             )
             if resumed:
-                self._have_qstash_told()
+                self._have_qstash_told(and_gates=bool(self.provider))
                 ring_on_commit(Bell.SUBMIT, rows.db)
         return bool(resumed)
 
@@ -328,10 +336,14 @@ class Lane(models.Model):
         named = {name: getattr(self, name) for name in ("provider", "model") if getattr(self, name)}
         return rows.filter(key__in=rows.filter(**named).exclude(key="").values("key"))
 
-    def _have_qstash_told(self) -> None:
-        """Of all that this pause or its end changes there."""
+    def _have_qstash_told(self, *, and_gates: bool = False) -> None:
+        """Of all that this pause or its end changes there; with ``and_gates``, also where all that
+        was held are our own server's gates."""
         changes = {"is_held": None, "revision": F("revision") + 1, "tell_tries": 0}
-        if self.reached().update(**changes):
+        told = set(self.reached().values_list("pk", flat=True)) | (
+            {self.pk} if and_gates else set()
+        )
+        if self._rows.filter(pk__in=told).update(**changes):
             ring_on_commit(Bell.LANES, self._rows.db)
 
     def _give_key(self, key: str) -> None:
@@ -381,11 +393,22 @@ class Lane(models.Model):
         return True
 
     def _tell(self, client: Client, is_to_be_held: bool) -> None:
+        if not is_to_be_held and self.provider:
+            self._resume_gates(client)
         if self.key:
             call = client.pause_flow_control if is_to_be_held else client.resume_flow_control
             call(self.key)
-        else:
+        elif self.queue:
             (client.pause_queue if is_to_be_held else client.resume_queue)(self.queue)
+
+    def _resume_gates(self, client: Client) -> None:
+        """Our own server stops a key without money at its gates; QStash knows no such call."""
+        destination = get_provider(self.provider).destination
+        try:
+            client.resume_gates(urlsplit(destination).netloc.rpartition("@")[2] or destination)
+        except ResponseError as error:
+            if error.status not in {400, 404, 405}:
+                raise
 
 
 def _whole(scope: Mapping[str, str]) -> dict[str, Any]:

@@ -343,6 +343,17 @@ def reset_flow_control_rate(key: str) -> Call[None]:
     return Call("POST", f"{_flow_path(key)}/resetRate", _nothing, is_repeatable=True)
 
 
+def resume_gates(host: str) -> Call[None]:
+    """Let go on what ``host`` refused for want of money. Our server's own: QStash answers 404."""
+    return Call(
+        "POST",
+        "/v2/gates/resume",
+        _nothing,
+        params=_params(host=host),
+        is_repeatable=True,
+    )
+
+
 def global_parallelism() -> Call[tuple[int, int]]:
     """Deliveries in flight over all keys: the ceiling, then the count."""
     return Call(

@@ -237,6 +237,7 @@ class Client(_Connection):
     pin_flow_control = _blocking(calls.pin_flow_control)
     unpin_flow_control = _blocking(calls.unpin_flow_control)
     reset_flow_control_rate = _blocking(calls.reset_flow_control_rate)
+    resume_gates = _blocking(calls.resume_gates)
     global_parallelism = _blocking(calls.global_parallelism)
 
     keys = _blocking(calls.keys)
@@ -331,6 +332,7 @@ class AsyncClient(_Connection):
     pin_flow_control = _awaitable(calls.pin_flow_control)
     unpin_flow_control = _awaitable(calls.unpin_flow_control)
     reset_flow_control_rate = _awaitable(calls.reset_flow_control_rate)
+    resume_gates = _awaitable(calls.resume_gates)
     global_parallelism = _awaitable(calls.global_parallelism)
 
     keys = _awaitable(calls.keys)

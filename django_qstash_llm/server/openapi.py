@@ -316,6 +316,7 @@ def _calls() -> Described:
         **_dead_letters(),
         **_queues(),
         **_flow_control(),
+        **_gates(),
         **_url_groups(),
         **_schedules(),
         **_keys(),
@@ -594,6 +595,43 @@ def _flow_control() -> Described:
                         parallelismCount=COUNT,
                     )
                 },
+            )
+        },
+    }
+
+
+def _gates() -> Described:
+    counts = "waitListSize parallelismCount letIn refused"
+    gate: Described = {
+        "host": TEXT,
+        "group": TEXT,
+        "isPaused": TRUTH,
+        "trouble": TEXT
+        | {"description": "Why it is paused or was last refused; empty for neither."},
+        "words": TEXT | {"description": "The provider's own."},
+        "opensAt": COUNT | {"description": "Unix time in milliseconds of the next call, or look."},
+        **dict.fromkeys(counts.split(), COUNT),
+    }
+    return {
+        "/v2/gates": {
+            "get": _call(
+                "List what is known of providers' limits. QStash has no such call.",
+                name="listGates",
+                tag="gates",
+                answers={200: _list_of(_object(" ".join(gate), **gate))},
+            )
+        },
+        "/v2/gates/resume": {
+            "post": _call(
+                "Resume what a host refused for want of money. QStash has no such call.",
+                name="resumeGates",
+                tag="gates",
+                parameters=[
+                    _in_query("host", TEXT | {"minLength": 1}, "As it stands in the URLs.")
+                    | {"required": True}
+                ],
+                answers={200: _object("resumed", resumed=COUNT)},
+                refusals={400},
             )
         },
     }

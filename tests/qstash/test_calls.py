@@ -128,6 +128,7 @@ def asked(call: Call[Any]) -> tuple[Any, ...]:
             [("rate", "true")],
         ),
         (calls.reset_flow_control_rate("k"), "POST /v2/flowControl/k/resetRate", []),
+        (calls.resume_gates("h"), "POST /v2/gates/resume", [("host", "h")]),
         (calls.global_parallelism(), "GET /v2/globalParallelism", []),
         (calls.keys(), "GET /v2/keys", []),
         (calls.rotate_keys(), "POST /v2/keys/rotate", []),

