@@ -15,6 +15,7 @@ from kombu.exceptions import OperationalError
 
 from . import triggers
 from .models import CallbackResponse, Lane, LLMRequest
+from .models.cancellation import Cancellations
 from .models.doorbell import Bell
 from .models.outbox import Outbox
 from .models.purge import Purge
@@ -50,10 +51,27 @@ def submit(using: str = "") -> None:
     reject_on_worker_lost=True,
 )
 def announce(using: str = "") -> None:
-    """Tell triggers and signals what is finished."""
+    """Tell triggers and signals which attempts were made, and what is finished."""
     using = using or _ours()
-    if triggers.announce(using) and triggers.unannounced(using).exists():
+    told = triggers.announce_attempts(using) + triggers.announce(using)
+    if told and _is_anything_unannounced(using):
         ring(Bell.ANNOUNCE, using)
+
+
+def _is_anything_unannounced(using: str) -> bool:
+    return triggers.unannounced_attempts(using).exists() or triggers.unannounced(using).exists()
+
+
+@shared_task(
+    name="django_qstash_llm.cancel", ignore_result=True, acks_late=True, reject_on_worker_lost=True
+)
+def cancel(using: str = "") -> None:
+    """Have QStash try no more what no try would help."""
+    using = using or _ours()
+    cancellations = Cancellations(using)
+    # What QStash did not answer for is left to the next sweep.
+    if cancellations.cancel() and cancellations.due().exists():
+        ring(Bell.CANCEL, using)
 
 
 @shared_task(
@@ -108,13 +126,16 @@ def sweep(using: str = "") -> None:
         ring(Bell.APPLY, using)
     if Reconciler(using).due().exists():
         ring(Bell.RECONCILE, using)
-    if triggers.unannounced(using).exists():
+    if Cancellations(using).due().exists():
+        ring(Bell.CANCEL, using)
+    if _is_anything_unannounced(using):
         ring(Bell.ANNOUNCE, using)
 
 
 _TASKS = {
     Bell.SUBMIT: submit,
     Bell.ANNOUNCE: announce,
+    Bell.CANCEL: cancel,
     Bell.APPLY: apply,
     Bell.RECONCILE: reconcile,
     Bell.LANES: lanes,

@@ -30,9 +30,11 @@ from django.utils import timezone
 from .cleaning import clean_json, clean_text
 from .conf import app_settings
 from .exceptions import ConfigurationError
+from .models import CallbackResponse
+from .models.callback import CallbackResponseQuerySet
 from .models.forgetting import changes_at_end
 from .models.request import ANNOUNCED, CLAIM_SECONDS, LLMRequest, LLMRequestQuerySet, State
-from .signals import request_completed, request_failed
+from .signals import request_attempted, request_completed, request_failed
 
 logger = logging.getLogger(__name__)
 
@@ -200,12 +202,16 @@ def _announce_one(using: str, pk: int, clock: Clock) -> bool:
     # User code may raise anything, and the next request must be told all the same.
     except Exception as error:
         logger.exception("Announcing LLM request %s failed", pk)
-        problem = app_settings().without_secrets(f"{type(error).__name__}: {error}")
-        claimed.update(
-            announce_error=clean_text(problem, limit=2000),
-            announce_after=clock() + timedelta(seconds=5 * 4 ** (tries - 1)),
-        )
+        claimed.update(**_after_failing(error, tries, clock()))
     return True
+
+
+def _after_failing(error: Exception, tries: int, now: datetime) -> dict[str, Any]:
+    problem = app_settings().without_secrets(f"{type(error).__name__}: {error}")
+    return {
+        "announce_error": clean_text(problem, limit=2000),
+        "announce_after": now + timedelta(seconds=5 * 4 ** (tries - 1)),
+    }
 
 
 def _claim(using: str, pk: int, now: datetime) -> LLMRequest | None:
@@ -306,3 +312,90 @@ def _write_back(name: str, pk: Any) -> Iterator[None]:
         yield
     finally:
         _writing_back.reset(token)
+
+
+# --- attempts ---
+
+
+def unannounced_attempts(using: str, now: datetime | None = None) -> CallbackResponseQuerySet:
+    """Receipts of attempts of which receivers are still to be told, or told again by now."""
+    receipts: CallbackResponseQuerySet = CallbackResponse.objects.using(using).filter(
+        Q(announce_after=None) | Q(announce_after__lte=now or timezone.now()),
+        to_announce=True,
+        announce_tries__lt=app_settings().announce_tries,
+    )
+    return receipts
+
+
+def announce_attempts(using: str, *, limit: int = 500, clock: Clock = timezone.now) -> int:
+    """Tell receivers of up to ``limit`` attempts, in the order they were heard of; answers of how
+    many."""
+    due = unannounced_attempts(using, clock()).order_by("id")
+    keys = list(due.values_list("pk", flat=True)[:limit])
+    for pk in keys:
+        _announce_attempt(using, pk, clock)
+    return len(keys)
+
+
+def _announce_attempt(using: str, pk: int, clock: Clock) -> None:
+    attempt = _claim_attempt(using, pk, clock())
+    if attempt is None or attempt.llm_request is None:
+        return
+    untold = CallbackResponse.objects.using(using).filter(pk=pk, to_announce=True)
+    claimed = untold.filter(announce_after=attempt.announce_after)
+    try:
+        # Here lanes learn of an attempt with ``trouble``: before receivers and apart from them, whose
+        # errors are not theirs. It may come twice, as for a worker that dies before the mark.
+        _tell_of_attempt(attempt, attempt.llm_request, untold, using)
+    # User code may raise anything, and the next attempt must be told all the same.
+    except Exception as error:
+        logger.exception("Announcing attempt %s failed", pk)
+        claimed.update(**_after_failing(error, attempt.announce_tries, clock()))
+
+
+def _claim_attempt(using: str, pk: int, now: datetime) -> CallbackResponse | None:
+    """The receipt, ours to tell until its ``announce_after``, as a request is; None when it is
+    another's, or has been told.
+
+    QStash tells of the last attempt twice, in a callback and in a failure callback, and both may come
+    at once: their request is locked while it is decided which of them is told.
+    """
+    receipts = CallbackResponse.objects.using(using)
+    due = unannounced_attempts(using, now).filter(pk=pk)
+    with transaction.atomic(using=using):
+        receipt = due.defer("header", "body").first()
+        if receipt is None:
+            return None
+        rows = LLMRequest.objects.using(using).select_for_update(of=("self",))
+        receipt.llm_request = rows.filter(uuid=receipt.uuid).first()  # None: just deleted
+        of_attempt = receipts.filter(
+            source_message_id=receipt.source_message_id, retried=receipt.retried
+        )
+        if of_attempt.exclude(pk=pk).filter(announce_tries__gt=0).exists():
+            due.update(to_announce=False)
+            return None
+        receipt.announce_tries += 1
+        receipt.announce_after = now + timedelta(seconds=CLAIM_SECONDS)
+        claimed = due.update(
+            announce_tries=receipt.announce_tries,
+            announce_after=receipt.announce_after,
+            announce_error=_NEVER_CAME_BACK,
+        )
+    return receipt if claimed else None
+
+
+def _tell_of_attempt(
+    attempt: CallbackResponse,
+    llm_request: LLMRequest,
+    untold: models.QuerySet[CallbackResponse],
+    using: str,
+) -> None:
+    """All that receivers do and the mark that they were told are one transaction."""
+    home = _home_of(llm_request, using)
+    with _transactions(using, home):
+        request_attempted.send(LLMRequest, llm_request=llm_request, attempt=attempt)
+        is_told = untold.update(to_announce=False, announce_error="")
+        # Deleted by the very code that was told is told as well; otherwise another was the first.
+        if not is_told and CallbackResponse.objects.using(using).filter(pk=attempt.pk).exists():
+            for alias in {using, home}:
+                transaction.set_rollback(True, using=alias)

@@ -21,13 +21,16 @@ from django.utils import timezone
 from django.utils.translation import gettext_lazy as _
 
 from ..cleaning import clean_json, clean_text
-from ..completions import Completion, Usage, decompress, is_gzip, read_completion, read_error
+from ..completions import Completion, Usage, decompress, is_gzip, read_completion
 from ..conf import app_settings
 from ..exceptions import IllegalState, UnreadableCompletion
 from ..pricing import Cost, cost_of
 from ..qstash import Callback, EnvelopeError
 from ..qstash.callback import without_source
+from ..signals import request_attempted
 from . import inbox
+from .attempt import Attempt
+from .doorbell import Bell, ring_on_commit
 from .request import MOST_RETRIES, Changes, LLMRequest, State
 
 logger = logging.getLogger(__name__)
@@ -128,6 +131,7 @@ class CallbackResponseQuerySet(models.QuerySet["CallbackResponse"]):
             inbox.insert(receipt, using=self.db)
             if llm_request is not None and changes:
                 llm_request.write(changes)
+            receipt.ring()
         return receipt
 
     def _store_at_once(self, receipt: CallbackResponse, callback: Callback) -> bool:
@@ -141,6 +145,7 @@ class CallbackResponseQuerySet(models.QuerySet["CallbackResponse"]):
             return False
         if llm_request and changes:
             llm_request.become(changes)
+        receipt.ring()
         return True
 
     def _told_before(self, receipt: CallbackResponse) -> dict[int, CallbackResponse]:
@@ -203,7 +208,7 @@ class CallbackResponseQuerySet(models.QuerySet["CallbackResponse"]):
         return len(receipts)
 
 
-class CallbackResponse(models.Model):
+class CallbackResponse(Attempt):
     """One thing QStash told us about one request."""
 
     uuid = models.UUIDField(_("request uuid"), editable=False, db_index=True)
@@ -278,6 +283,20 @@ class CallbackResponse(models.Model):
                 name="callback_response_next_key",
                 condition=Q(verified_by_next_key=True),
             ),
+            # What succeeded, which is nearly all, is in none of these.
+            models.Index(
+                fields=["trouble", "-id"],
+                name="callback_response_trouble",
+                condition=~Q(trouble=""),
+            ),
+            models.Index(
+                fields=["id"], name="callback_response_to_announce", condition=Q(to_announce=True)
+            ),
+            models.Index(
+                fields=["cancel_after"],
+                name="callback_response_to_cancel",
+                condition=Q(cancel_after__isnull=False),
+            ),
         )
 
     def __str__(self) -> str:
@@ -331,8 +350,20 @@ class CallbackResponse(models.Model):
             logger.exception("A callback for %s is stored, but could not be read", self.uuid)
             self.put_off(error, now=now)
             return {}
+        if self.llm_request and self.applied_at is None:  # once, however often it is read
+            self.to_announce = bool(self.trouble) or request_attempted.has_listeners(LLMRequest)
+            self.cancel_after = now if self.is_end and not callback.is_last else None
         self.applied_at, self.apply_after = now, None
         return changes
+
+    def ring(self) -> None:
+        """Wake a worker for what is to be done about it. Nothing is where the provider answered and
+        nobody wants to know."""
+        using = self._state.db or "default"
+        if self.to_announce:
+            ring_on_commit(Bell.ANNOUNCE, using)
+        if self.cancel_after:
+            ring_on_commit(Bell.CANCEL, using)
 
     def put_off(self, error: Exception, *, now: datetime) -> None:
         """Reading it broke. It will be tried again, later each time."""
@@ -364,10 +395,10 @@ class CallbackResponse(models.Model):
         with transaction.atomic(using=self._state.db):
             self.llm_request = LLMRequest.objects.using(self._state.db).lock(self.uuid)
             changes = self.read(callback, now=now)
-            read = ("applied_at", "apply_tries", "apply_after", "problem", "llm_request")
-            self.save(using=self._state.db, update_fields=read)
+            self.save(using=self._state.db, update_fields=_READ)
             if self.llm_request is not None and changes:
                 self.llm_request.write(changes)
+            self.ring()
         return bool(changes)
 
     def anew(self, llm_request: LLMRequest) -> Changes:
@@ -426,18 +457,24 @@ class CallbackResponse(models.Model):
         """Any order of callbacks has the same end."""
         llm_request = self.llm_request
         assert llm_request is not None
-        if not callback.is_success and self._is_of_the_past(llm_request):
-            return {}
+        if not callback.is_success:
+            self._read_trouble(llm_request, callback)
+            if self._is_of_the_past(llm_request):
+                return {}
         changes = llm_request.after_attempt(self)
         if callback.is_success:
             return changes | self._completed(llm_request, callback)
         if callback.is_failure_callback and llm_request.state == State.COMPLETED:
             self._note_at_first(_GIVEN_UP_AFTER_THE_ANSWER)
-        if callback.is_last:
+        if self.is_end:
             return changes | self._failed(llm_request, callback)
         if "attempts" in changes:  # the latest known: any order ends the same
-            return changes | llm_request.after_trouble(self._words(callback))
+            return changes | llm_request.after_trouble(self._words())
         return changes
+
+    def _read_trouble(self, llm_request: LLMRequest, callback: Callback) -> None:
+        body, expression = plain(callback.body), llm_request.retry_delay
+        self.read_trouble(callback, body, at=self.received_at, expression=expression)
 
     def _is_of_the_past(self, llm_request: LLMRequest) -> bool:
         """Whether its message was given up before, and the request retried under another id since."""
@@ -465,7 +502,9 @@ class CallbackResponse(models.Model):
             completion = _read(callback.body)
         except UnreadableCompletion as error:
             self._note(str(error))
-            changes = llm_request.after_failure(error.code, str(error), now=self.received_at)
+            self._read_trouble(llm_request, callback)
+            words = " ".join(filter(None, (str(error), self.remedy)))
+            changes = llm_request.after_failure(error.code, words, now=self.received_at)
             if error.usage:
                 changes |= llm_request.after_spending(
                     error.usage, self._cost(llm_request, error.usage)
@@ -495,22 +534,48 @@ class CallbackResponse(models.Model):
         )
 
     def _failed(self, llm_request: LLMRequest, callback: Callback) -> Changes:
-        code = "no_response" if callback.status < 0 else read_error(plain(callback.body))[0]
-        code = code or f"http_{callback.status}"
-        changes = llm_request.after_failure(code, self._words(callback), now=self.received_at)
+        code = self.code or (self.trouble if self.remedy else f"http_{self.status}")
+        code = "no_response" if self.status < 0 else code
+        words = f"{self._words()}. {self.remedy}" if self.remedy else self._words()
+        changes = llm_request.after_failure(code, words, now=self.received_at)
+        if not changes and self._is_earlier_end(llm_request):
+            changes = llm_request.after_earlier_failure(code, words)
         if callback.dlq_id:
             changes["dead_letter_id"] = self.dead_letter_id
         return changes
 
-    def _words(self, callback: Callback) -> str:
+    def _is_earlier_end(self, llm_request: LLMRequest) -> bool:
+        """Whether its message came to an end later than this one, which was told before.
+
+        What is not to be tried again is an end, and QStash may have tried it meanwhile all the same.
+        """
+        if llm_request.state != State.FAILED:
+            return False
+        receipts = type(self).objects.using(llm_request._state.db)
+        of_message = receipts.filter(
+            source_message_id=self.source_message_id, llm_request=llm_request
+        )
+        ends = of_message.filter(_IS_END).exclude(applied_at=None)
+        first = ends.order_by("retried").values_list("retried", flat=True).first()
+        return first is not None and self.retried < first
+
+    def _words(self) -> str:
         """What the provider said, and when."""
-        message = read_error(plain(callback.body))[1]
-        if not message and callback.status < 0:
-            message = "the provider did not answer"
+        words = self.words
+        if not words and self.status < 0:
+            words = "the provider did not answer"
         attempts = f"after {self.attempt} attempt{'s' * (self.attempt > 1)}"
-        return f"{message or f'the provider answered {callback.status}'} ({attempts})"
+        return f"{words or f'the provider answered {self.status}'} ({attempts})"
 
 
+# A 200 that came to nothing is one as well.
+_IS_END = (~Q(trouble="") & Q(next_try_at=None)) | Q(status__gte=200, status__lt=300)
+# What reading a receipt again may change about it.
+_READ = (
+    *("applied_at", "apply_tries", "apply_after", "problem", "llm_request"),
+    *("trouble", "code", "words", "wait", "wait_source", "next_try_at", "delayed_by"),
+    *("to_announce", "cancel_after"),
+)
 _ANSWER_AFTER_A_FAILURE = "The request had failed before this answer came: the answer counts."
 _GIVEN_UP_AFTER_THE_ANSWER = "QStash gave a message of this request up, and the request has been answered: the answer counts."
 _ANOTHER_ANSWER = (

@@ -3,7 +3,7 @@
 Money stays. A purged request keeps its row with provider, model, usage, cost, states and times, and
 its receipts keep theirs, so that a callback that comes late is known and counted, not stored anew.
 What goes: messages, parameters, completion, refusal, tool calls and errors of the request; body,
-header and problem of its receipts; unreadable callbacks and those of no request; and QStash's dead
+header, words and problem of its receipts; unreadable callbacks and those of no request; and QStash's dead
 letters of it, which hold the messages too.
 
 Left alone: what is unfinished; what triggers and receivers have not been told of; and what belongs
@@ -52,7 +52,7 @@ _HAS_TEXTS = (
     | ~Q(messages=[])
     | ~Q(parameters={})
 )
-_HAS_CONTENT = ~Q(body=b"") | ~Q(header={}) | ~Q(problem="")
+_HAS_CONTENT = ~Q(body=b"") | ~Q(header={}) | ~Q(problem="") | ~Q(words="")
 _IS_TRIED_AGAIN = _IS_UNAPPLIED & Q(apply_tries__lt=MOST_APPLY_TRIES)
 
 Rows = TypeVar("Rows", bound="models.QuerySet[Any]")
@@ -217,7 +217,9 @@ class Purge:
             if old := list(old_ones) if theirs else []:
                 receipts = span.filter(llm_request__in=old)
                 # Cut: it is not what came, and cannot be read again.
-                emptied = receipts.update(body=b"", header={}, problem="", is_body_cut=True)
+                emptied = receipts.update(
+                    body=b"", header={}, problem="", words="", announce_error="", is_body_cut=True
+                )
                 self._count("emptied", emptied)
 
     def discard_unread(self, before: datetime) -> None:

@@ -656,10 +656,16 @@ class LLMRequest(OverTheWire, models.Model):
             return {}
         return {
             "state": State.FAILED,
-            "error_code": app_settings().without_secrets(clean_text(code), limit=64),
-            "error": app_settings().without_secrets(clean_text(error), limit=10_000),
+            **self.after_earlier_failure(code, error),
             **self._finished(now),
             **_NOT_ANNOUNCED,
+        }
+
+    def after_earlier_failure(self, code: str, error: str) -> Changes:
+        """It has failed, and by an earlier attempt than was known: that one is its end."""
+        return {
+            "error_code": app_settings().without_secrets(clean_text(code), limit=64),
+            "error": app_settings().without_secrets(clean_text(error), limit=10_000),
         }
 
     def _finished(self, now: datetime) -> Changes:
@@ -999,6 +1005,7 @@ _WHAT_DECIDES = (
     "model",
     "trigger",
     "retries",
+    "retry_delay",
     "timeout",
     "not_before",
     "attempts",

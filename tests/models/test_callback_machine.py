@@ -32,10 +32,11 @@ from hypothesis.stateful import (
 
 from django_qstash_llm.exceptions import IllegalState
 from django_qstash_llm.models import CallbackResponse, LLMRequest
+from django_qstash_llm.models.cancellation import Cancellations
 from django_qstash_llm.models.outbox import Outbox
 from django_qstash_llm.qstash import Callback
-from django_qstash_llm.signals import request_completed, request_failed
-from django_qstash_llm.triggers import announce
+from django_qstash_llm.signals import request_attempted, request_completed, request_failed
+from django_qstash_llm.triggers import announce, announce_attempts
 from tests.wire import FakeQStash
 from tests.wire import wire as the_wire
 
@@ -52,6 +53,7 @@ FORWARD = {
 # Dollars for each input token and for each output token; broken, reading an answer raises.
 PRICES = {"openai/gpt-5.4-mini": {"input": "1000000", "output": "1000000"}}
 BROKEN = "not a dictionary of prices"
+SETTINGS = site.QSTASH_LLM | {"ANNOUNCE_TRIES": 1000}
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,12 @@ class Attempt:
 
     @property
     def status(self) -> int:
-        return {"busy": 503, "no response": -1, "never again": 489}.get(self.outcome, 200)
+        return STATUSES.get(self.outcome, 200)
+
+    @property
+    def header(self) -> dict[str, list[str]]:
+        should_retry = {"busy, not again": "false", "refused, again": "true"}.get(self.outcome)
+        return {"X-Should-Retry": [should_retry]} if should_retry else {}
 
     @property
     def body(self) -> bytes:
@@ -94,12 +101,18 @@ class Attempt:
         return self.outcome in {"answer", "uncounted answer"}
 
     @property
+    def is_hopeless(self) -> bool:
+        """No other try would help. QStash does not know, and may make them all the same."""
+        return self.outcome in {"never again", "unpaid", "busy, not again"}
+
+    @property
     def is_end(self) -> bool:
         return self.status == 200 or self.outcome == "never again" or self.retried == MAX_RETRIES
 
     def callbacks(self) -> Iterator[Callback]:
         callback = Callback(
             status=self.status,
+            header=self.header,
             body=self.body,
             retried=self.retried,
             max_retries=MAX_RETRIES,
@@ -110,8 +123,17 @@ class Attempt:
             yield replace(callback, dlq_id=f"dlq_{self.message}")
 
 
+STATUSES = {
+    "busy": 503,
+    "no response": -1,
+    "never again": 489,
+    "unpaid": 402,
+    "busy, not again": 429,
+    "refused, again": 401,
+}
 OUTCOMES = (
     *("busy", "busy", "no response", "never again", "truncated", "unreadable"),
+    *("unpaid", "busy, not again", "refused, again"),
     *("no choices", "no choices", "answer", "answer", "uncounted answer", "uncounted answer"),
 )
 
@@ -137,12 +159,13 @@ class CallbackMachine(RuleBasedStateMachine):
         super().__init__()
         self.transaction = transaction.atomic()
         self.transaction.__enter__()
-        self.settings = override_settings(QSTASH_LLM=site.QSTASH_LLM | {"PRICES": PRICES})
+        self.settings = override_settings(QSTASH_LLM=SETTINGS | {"PRICES": PRICES})
         self.settings.enable()
         self.qstash = FakeQStash()
         the_wire.hosts["testserver"] = self.qstash
         request_completed.connect(self.be_told)
         request_failed.connect(self.be_told)
+        request_attempted.connect(self.be_told_of_an_attempt)
         self.now = NOW
         self.attempts: dict[tuple[str, int], Attempt] = {}
         self.bag: dict[tuple[str, int, str], Callback] = {}
@@ -159,6 +182,7 @@ class CallbackMachine(RuleBasedStateMachine):
         """When QStash was last heard of."""
         self.ends: list[str] = []
         self.told: list[str] = []
+        self.told_attempts: list[tuple[str, int]] = []
         self.before: dict[str, Any] = {}
         self.is_sound = True
         """Whether the last look at it found what the rules say."""
@@ -277,7 +301,7 @@ class CallbackMachine(RuleBasedStateMachine):
     def break_or_mend(self, is_broken: bool) -> None:
         self.settings.disable()
         prices = BROKEN if is_broken else PRICES
-        self.settings = override_settings(QSTASH_LLM=site.QSTASH_LLM | {"PRICES": prices})
+        self.settings = override_settings(QSTASH_LLM=SETTINGS | {"PRICES": prices})
         self.settings.enable()
         self.is_broken = is_broken
 
@@ -292,9 +316,27 @@ class CallbackMachine(RuleBasedStateMachine):
                 self.put_off.remove(self.bag[each])
                 self.hear(self.bag[each])
 
+    @rule(trouble=st.sampled_from([None, 404, 500]))
+    def cancel_at_qstash(self, trouble: int | None) -> None:
+        """What no try would help, until QStash has answered."""
+        due = {row.source_message_id for row in Cancellations(clock=lambda: self.now).due()}
+        assert due <= self.hopeless()
+        self.qstash.answer = (lambda request: httpx.Response(trouble)) if trouble else None
+        Cancellations(clock=lambda: self.now).cancel()
+        self.qstash.answer = None
+        left = CallbackResponse.objects.exclude(cancel_after=None)
+        if trouble == 500:
+            assert all(receipt.cancel_after > self.now for receipt in left)
+        else:
+            assert not left.filter(source_message_id__in=due, cancel_after__lte=self.now).exists()
+
     @rule(is_broken=st.booleans())
     def announce(self, is_broken: bool) -> None:
         self.is_receiver_broken = is_broken
+        announce_attempts("default")
+        untold = CallbackResponse.objects.filter(to_announce=True)
+        assert is_broken or not untold.exists()
+        untold.update(announce_after=None)
         announce("default")
         row = LLMRequest.objects.get(uuid=self.uuid)
         is_end = row.state in {"completed", "failed"}
@@ -308,7 +350,17 @@ class CallbackMachine(RuleBasedStateMachine):
             raise RuntimeError("the receiver is broken")
         self.told.append(f"{llm_request.state}, {self.expected_ends()}")
 
+    def be_told_of_an_attempt(self, attempt: CallbackResponse, **kwargs: Any) -> None:
+        if self.is_receiver_broken:
+            raise RuntimeError("the receiver is broken")
+        self.told_attempts.append((attempt.source_message_id, attempt.retried))
+
     # --- what the rules say of it ---
+
+    def hopeless(self) -> set[str]:
+        """The messages of which an attempt told that QStash is to try no more."""
+        heard = [each for each in self.heard if not each.is_last]
+        return {each.source_message_id for each in heard if self.attempt_of(each).is_hopeless}
 
     def expected_ends(self) -> int:
         """How often it has ended: once, and once more when the answer came after a failure."""
@@ -325,7 +377,7 @@ class CallbackMachine(RuleBasedStateMachine):
             return "cancelled"
         if any(self.attempt_of(each).is_answer for each in self.heard):
             return "completed"
-        if any(each.is_last for each in self.heard):
+        if any(each.is_last or self.attempt_of(each).is_hopeless for each in self.heard):
             return "failed"
         return "submitted" if self.heard or self.is_submitted else "pending"
 
@@ -402,8 +454,14 @@ class CallbackMachine(RuleBasedStateMachine):
         assert row.cost == (None if tokens is None else Decimal(tokens + 1))
 
     @invariant()
-    def each_end_is_told_once(self) -> None:
+    def each_end_and_each_attempt_is_told_once(self) -> None:
         assert len(self.told) == len(set(self.told))
+        assert len(self.told_attempts) == len(set(self.told_attempts))
+
+    @invariant()
+    def hopeless_messages_are_cancelled_or_will_be(self) -> None:
+        receipts = CallbackResponse.objects.exclude(cancel_after=None, cancel_tries=0)
+        assert {receipt.source_message_id for receipt in receipts} == self.hopeless()
 
     def teardown(self) -> None:
         try:
@@ -413,6 +471,7 @@ class CallbackMachine(RuleBasedStateMachine):
         finally:
             request_completed.disconnect(self.be_told)
             request_failed.disconnect(self.be_told)
+            request_attempted.disconnect(self.be_told_of_an_attempt)
             self.settings.disable()
             the_wire.clear()
             transaction.set_rollback(True)
@@ -430,7 +489,11 @@ class CallbackMachine(RuleBasedStateMachine):
             self.the_request_is_what_the_rules_say()
         self.announce(False)
         self.each_callback_is_stored_once_and_counted()
-        self.each_end_is_told_once()
+        self.each_end_and_each_attempt_is_told_once()
+        assert set(self.told_attempts) == {key(callback)[:2] for callback in self.heard}
+        self.time_passes(4000)
+        self.cancel_at_qstash(None)
+        assert not CallbackResponse.objects.exclude(cancel_after=None).exists()
 
     def any_other_order_ends_the_same(self) -> None:
         assert not self.put_off
@@ -481,7 +544,7 @@ def test_any_life_of_a_request_follows_the_rules() -> None:
     )
 
 
-ENDS = ("never again", "truncated", "no choices", "answer", "uncounted answer")
+ENDS = ("never again", "unpaid", "truncated", "no choices", "answer", "uncounted answer")
 
 
 @pytest.mark.django_db

@@ -539,7 +539,8 @@ def test_a_dead_message_fails_with_the_providers_words_and_keeps_its_dead_letter
     desk.reconcile()
     row.refresh_from_db()
     assert (row.state, row.error_code, row.dead_letter_id) == ("failed", "invalid_api_key", dlq_id)
-    assert row.error == "Not [redacted] (after 4 attempts)"
+    remedy = "Check the provider's API key and what it is allowed to do."
+    assert row.error == f"Not [redacted] (after 4 attempts). {remedy}"
     receipt = row.callback_responses.get()
     assert (receipt.kind, receipt.status, receipt.is_recovered) == ("failure_callback", 401, True)
     assert KEY.encode() not in bytes(receipt.body)
@@ -560,7 +561,8 @@ def test_a_refusal_that_forbids_a_retry_counts_the_attempts_that_were_heard_of(d
     desk.bury_message(row, 489, b"never", max_retries=5)
     desk.reconcile()
     row.refresh_from_db()
-    assert (row.state, row.attempts, row.error) == ("failed", 2, "never (after 2 attempts)")
+    assert (row.state, row.attempts) == ("failed", 2)
+    assert row.error.startswith("never (after 2 attempts)")
 
 
 def test_a_dead_message_of_an_unknown_id_is_ours_by_its_label(desk: Desk) -> None:

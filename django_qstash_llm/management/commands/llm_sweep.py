@@ -10,6 +10,7 @@ from django.utils import timezone
 from ... import triggers
 from ...exceptions import ConfigurationError
 from ...models import CallbackResponse, Lane, LLMRequest
+from ...models.cancellation import Cancellations
 from ...models.outbox import Outbox
 from ...models.reconciler import Reconciler
 
@@ -45,6 +46,10 @@ class Command(BaseCommand):
                     break
         except ConfigurationError as error:
             raise CommandError(str(error)) from error
+        while Cancellations(database).cancel():
+            pass
+        while triggers.announce_attempts(database):
+            pass
         while told := triggers.announce(database):
             announced += told
         waiting = outbox.rows.pending().count()
