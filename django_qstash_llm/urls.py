@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from django.urls import path
 
-from .views import callback, health, ping
+from .views import attempts, callback, health, llm_request, ping
 
 app_name = "django_qstash_llm"
 urlpatterns = [
@@ -14,4 +14,6 @@ urlpatterns = [
     path("ping/<uuid:uuid>/", ping, name="ping"),
     path("ping/<uuid:uuid>", ping),
     path("health/", health, name="health"),
+    path("requests/<uuid:uuid>/", llm_request, name="request"),
+    path("requests/<uuid:uuid>/attempts/", attempts, name="attempts"),
 ]

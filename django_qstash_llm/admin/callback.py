@@ -14,6 +14,7 @@ from django.utils.translation import gettext_lazy as _
 
 from ..completions import read_error
 from ..models import CallbackResponse, LLMRequest
+from ..models.attempt import short_duration
 from ..models.callback import CallbackResponseQuerySet, Kind
 from ..models.replay import TO_READ_AGAIN
 from . import actions, figures, text
@@ -49,6 +50,32 @@ def status(receipt: CallbackResponse) -> str:
     return figures.UNKNOWN if receipt.kind in _OF_NO_ATTEMPT else figures.status(receipt.status)
 
 
+def trouble(receipt: CallbackResponse) -> str:
+    return receipt.get_trouble_display() or figures.UNKNOWN
+
+
+def named_wait(receipt: CallbackResponse) -> str:
+    """How long the provider asked to wait, and where it said so."""
+    if receipt.wait is None:
+        return figures.UNKNOWN
+    return f"{short_duration(receipt.wait)} ({receipt.wait_source})"
+
+
+def next_try(receipt: CallbackResponse) -> SafeString | str:
+    """When QStash tries again, after which delay and by whose word."""
+    if receipt.next_try_at is None:
+        return receipt.what_follows if receipt.trouble else figures.UNKNOWN
+    return format_html(
+        '{} <span class="llm-quiet">{}</span>',
+        figures.moment(receipt.next_try_at),
+        _("after %(delay)s: %(delayed_by)s")
+        % {
+            "delay": figures.duration(receipt.next_try_at - receipt.received_at),
+            "delayed_by": receipt.get_delayed_by_display(),
+        },
+    )
+
+
 def with_beginnings(receipts: QuerySet[CallbackResponse], size: int) -> QuerySet[Any]:
     """``receipts`` with ``beginning``, the first ``size`` bytes of their bodies, and ``body_size``.
 
@@ -61,8 +88,11 @@ def with_beginnings(receipts: QuerySet[CallbackResponse], size: int) -> QuerySet
 
 def words(receipt: Any) -> str:
     """What the provider said, in short. ``receipt``: of ``with_beginnings``."""
+    if receipt.trouble:
+        return text.excerpt(": ".join(filter(None, (receipt.code, receipt.words))), 300)
     if 200 <= receipt.status < 300 or receipt.kind in _OF_NO_ATTEMPT:
         return ""
+    # Stored before there were columns for it.
     code, message = read_error(text.unpacked(bytes(receipt.beginning or b"")))
     return text.excerpt(f"{code}: {message}" if code and message else code or message, 300)
 
@@ -78,7 +108,7 @@ class CallbackResponseAdmin(RecordAdmin):
         "seen_count",
         "received_column",
     )
-    list_filter = ("kind", ReceiptAttentionFilter, OrphanFilter)
+    list_filter = ("kind", "trouble", ReceiptAttentionFilter, OrphanFilter)
     actions = ("read_again",)
     search_fields = ("source_message_id",)
     search_help_text = _("The request's UUID, or QStash's message id.")
@@ -91,12 +121,16 @@ class CallbackResponseAdmin(RecordAdmin):
         groups = (
             (None, (), ("kind_column", "status_column", "attempt_column", "request_field",
                         "received_at", "seen_count", "problem")),
+            (_("Attempt"), ("sentence_field",),
+             ("trouble", "code", "wait_field", "next_try_at", "delayed_by", "words")),
+            (_("Announcing"), ("to_announce",),
+             ("announce_tries", "announce_after", "announce_error")),
             (_("Reading"), ("is_recovered",), ("applied_at", "apply_tries", "apply_after")),
             (_("Response"), ("is_body_cut",), ("body_text", "header_text")),
-            (_("At QStash"), ("dead_letter_id", "verified_by_next_key"),
+            (_("At QStash"), ("dead_letter_id", "verified_by_next_key", "cancel_after"),
              ("source_message_id", "callback_message_id")),
         )  # fmt: skip
-        wide = {"body_text", "header_text", "problem"}
+        wide = {"body_text", "header_text", "problem", "sentence_field", "words", "announce_error"}
         return [
             (name, {"fields": lines(filled(obj, *always, *sometimes), wide=wide)})
             for name, sometimes, always in groups
@@ -136,7 +170,15 @@ class CallbackResponseAdmin(RecordAdmin):
 
     @admin.display(description=_("status"))
     def status_column(self, receipt: CallbackResponse) -> str:
-        return status(receipt)
+        return " ".join(filter(None, (status(receipt), receipt.get_trouble_display())))
+
+    @admin.display(description=_("in a sentence"))
+    def sentence_field(self, receipt: CallbackResponse) -> str:
+        return receipt.sentence
+
+    @admin.display(description=_("wait"))
+    def wait_field(self, receipt: CallbackResponse) -> str:
+        return named_wait(receipt)
 
     @admin.display(description=_("attempt"))
     def attempt_column(self, receipt: CallbackResponse) -> str:

@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from django.contrib import admin
-from django.db.models import QuerySet
+from django.db.models import F, QuerySet
 from django.http import HttpRequest
 from django.utils import timezone
 from django.utils.translation import gettext_lazy as _
 
 from ..conf import app_settings
-from ..models import Lane
+from ..models import CallbackResponse, Lane
+from ..models.attempt import TROUBLES
 from ..models.callback import CallbackResponseQuerySet
 from ..models.replay import UNREAD
-from ..models.request import ANNOUNCED, LLMRequestQuerySet
+from ..models.request import ANNOUNCED, LLMRequestQuerySet, State
 
 if TYPE_CHECKING:
     from django.utils.functional import _StrOrPromise
@@ -85,6 +86,26 @@ class AttentionFilter(admin.SimpleListFilter):
                 most = app_settings().announce_tries
                 return rows.filter(**unannounced, announce_tries__gte=most)
         return rows
+
+
+class TroubleFilter(admin.SimpleListFilter):
+    """Why a request waits, or why it failed: what was wrong with its last attempt."""
+
+    title = _("trouble of its last attempt")
+    parameter_name = "trouble"
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> Lookups:
+        return list(TROUBLES)
+
+    def queryset(self, request: HttpRequest, queryset: Any) -> LLMRequestQuerySet:
+        rows: LLMRequestQuerySet = queryset
+        if not self.value():
+            return rows
+        troubled = CallbackResponse.objects.using(rows.db).filter(
+            trouble=self.value(), retried=F("llm_request__attempts") - 1
+        )
+        of_last_attempts = troubled.order_by().values("llm_request")
+        return rows.filter(state__in=[State.SUBMITTED, State.FAILED], pk__in=of_last_attempts)
 
 
 class ReceiptAttentionFilter(admin.SimpleListFilter):

@@ -25,7 +25,7 @@ from ..models.callback import Kind
 from ..models.replay import TO_READ_AGAIN, may_be_read_anew
 from ..models.request import ANNOUNCED, UNFINISHED, LLMRequestQuerySet, State
 from . import about, actions, callback, chat, figures, story, text
-from .filters import AttentionFilter, ProviderFilter, TenantFilter
+from .filters import AttentionFilter, ProviderFilter, TenantFilter, TroubleFilter
 from .health import HealthMixin
 from .record import RecordAdmin, Tool, filled, lines
 
@@ -56,8 +56,20 @@ class Attempt:
         return callback.status(self.receipt)
 
     @property
+    def trouble(self) -> str:
+        return callback.trouble(self.receipt)
+
+    @property
     def words(self) -> str:
         return callback.words(self.receipt)
+
+    @property
+    def named_wait(self) -> str:
+        return callback.named_wait(self.receipt)
+
+    @property
+    def next_try(self) -> SafeString | str:
+        return callback.next_try(self.receipt)
 
     @property
     def received(self) -> SafeString | str:
@@ -74,7 +86,7 @@ class LLMRequestAdmin(HealthMixin, RecordAdmin):
         "time_column",
     )
     list_display_links = ("request_column",)
-    list_filter = ("state", ProviderFilter, "via", TenantFilter, AttentionFilter)
+    list_filter = ("state", ProviderFilter, "via", TenantFilter, AttentionFilter, TroubleFilter)
     # Only makes the box appear; see get_search_results.
     search_fields = ("uuid",)
     search_help_text = _(
@@ -208,7 +220,10 @@ class LLMRequestAdmin(HealthMixin, RecordAdmin):
         kind_of_trouble, trouble = story.trouble(obj)
         return {
             "state_sign": figures.state_sign(obj.state),
-            "sentences": story.sentences(obj, now=timezone.now()),
+            "sentences": [
+                *story.sentences(obj, now=timezone.now()),
+                *story.last_attempt(obj, [attempt.receipt for attempt in attempts]),
+            ],
             "moments": story.moments(obj),
             "trouble_kind": kind_of_trouble,
             "trouble": text.preformatted(trouble) if trouble else "",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -12,7 +12,7 @@ from django.utils.translation import gettext as _
 from django.utils.translation import ngettext
 
 from ..conf import app_settings
-from ..models import Lane, LLMRequest
+from ..models import CallbackResponse, Lane, LLMRequest
 from ..models.circuit import QSTASH, Circuit
 from ..models.request import ANNOUNCED, UNFINISHED, State
 from . import figures
@@ -69,6 +69,15 @@ def _forgotten(row: LLMRequest, now: datetime) -> Iterator[Sentence]:
         yield format_html(_("Its messages are not kept since {}."), since)
     if row.digest:
         yield _("Their SHA-256 is %(digest)s.") % {"digest": row.digest}
+
+
+def last_attempt(
+    llm_request: LLMRequest, receipts: Iterable[CallbackResponse]
+) -> Iterator[Sentence]:
+    """Why it waits, of what is known of its attempts."""
+    if llm_request.state in UNFINISHED:
+        known = [each for each in receipts if each.attempt == llm_request.attempts]
+        yield from (each.sentence for each in known[-1:] if each.trouble)
 
 
 def trouble(llm_request: LLMRequest) -> tuple[str, str]:

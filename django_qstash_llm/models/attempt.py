@@ -145,11 +145,13 @@ class Attempt(models.Model):
         if not self.trouble:
             return told
         said = self._named_wait() or Truncator(self.words.rstrip(".")).chars(LONGEST_LINE)
-        line = "; ".join(filter(None, (said, self._what_follows())))
+        line = "; ".join(filter(None, (said, self.what_follows)))
         line = f"{told} {self.get_trouble_display()}: {line}".removesuffix(": ")
         return f"{line}. {self.remedy}" if self.remedy else line
 
-    def _what_follows(self) -> str:
+    @property
+    def what_follows(self) -> str:
+        """``next try 14:03:12``, or why there is none."""
         if self.next_try_at:
             return _("next try %s") % clock_time(self.next_try_at)
         if self.retried >= self.max_retries or self.dead_letter_id or self.status == 200:

@@ -1,9 +1,10 @@
-"""The doors to which QStash and monitors come."""
+"""The doors to which QStash, monitors and staff come."""
 
 from __future__ import annotations
 
 from .callback import callback
 from .health import health
 from .ping import ping
+from .requests import attempts, llm_request
 
-__all__ = ["callback", "health", "ping"]
+__all__ = ["attempts", "callback", "health", "llm_request", "ping"]

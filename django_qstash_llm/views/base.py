@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
+from django.contrib.auth import get_permission_codename
+from django.db import models
+from rest_framework.authentication import BaseAuthentication
 from rest_framework.negotiation import BaseContentNegotiation
 from rest_framework.parsers import BaseParser
 from rest_framework.renderers import BaseRenderer, JSONRenderer
@@ -33,11 +36,28 @@ class OwnJSON(JSONRenderer):
     ensure_ascii = False
 
 
+class SiteSession(BaseAuthentication):
+    """Whoever Django says it is, not looked up before somebody asks: there may be no database."""
+
+    def authenticate(self, request: Request) -> tuple[Any, None] | None:
+        # A site without sessions has no user.
+        user = getattr(request._request, "user", None)
+        return None if user is None else (user, None)
+
+
+def is_staff_who_may_view(user: Any, model: type[models.Model]) -> bool:
+    """``user`` is None where ``REST_FRAMEWORK["UNAUTHENTICATED_USER"]`` says so."""
+    permission = f"{model._meta.app_label}.{get_permission_codename('view', model._meta)}"
+    # A user model need know neither staff nor permissions.
+    is_staff = getattr(user, "is_active", False) and getattr(user, "is_staff", False)
+    return bool(is_staff and hasattr(user, "has_perm") and user.has_perm(permission))
+
+
 class OwnView(APIView):
     """A view to which the host site's ``REST_FRAMEWORK`` means nothing."""
 
     authentication_classes: Any = ()
-    permission_classes = ()
+    permission_classes: Any = ()
     throttle_classes = ()
     parser_classes = ()
     renderer_classes = (OwnJSON,)
