@@ -407,6 +407,19 @@ def test_filters_find(admin_client: Client, query: str, matching: str) -> None:
     assert {row.pk for row in response.context["cl"].result_list} == wanted
 
 
+def test_requests_are_found_by_the_trouble_of_their_last_attempt(admin_client: Client) -> None:
+    waiting = submitted(attempts=2)
+    receipt_of(waiting, status=429, trouble="rate", source_message_id="msg_1")
+    receipt_of(waiting, status=503, trouble="overload", source_message_id="msg_1", retried=1)
+    unpaid = failed(attempts=1)
+    receipt_of(unpaid, status=402, trouble="money", source_message_id="msg_2")
+    answered = completed(attempts=1)
+    receipt_of(answered, status=429, trouble="rate", source_message_id="msg_3")
+    for trouble, wanted in (("overload", [waiting]), ("money", [unpaid]), ("rate", [])):
+        response = admin_client.get(f"{reverse(REQUESTS)}?trouble={trouble}")
+        assert list(response.context["cl"].result_list) == wanted
+
+
 def test_providers_to_filter_by_come_from_the_settings(admin_client: Client) -> None:
     hrefs = page_of(admin_client, REQUESTS).values("a", "href")
     assert {"?provider=openai", "?provider=anthropic", "?provider=upstash"} <= set(hrefs)
@@ -524,6 +537,46 @@ def test_attempts_are_told_in_order_with_the_providers_words(admin_client: Clien
     for words in ("overloaded: Come back later", "odd header", "3×", "no response"):
         assert words in page.text
     assert page.text.index("1 / 4") < page.text.index("2 / 4")
+
+
+def test_the_timeline_says_what_was_wrong_what_was_named_and_when_the_next_try_is(
+    admin_client: Client,
+) -> None:
+    now = timezone.now()
+    row = submitted(attempts=2, retries=3, last_status=429)
+    trouble = {"trouble": "rate", "code": "rate_limit_exceeded", "words": "Slow <down>"}
+    receipt_of(row, status=503, trouble="overload", retried=0, received_at=now)
+    receipt_of(
+        row,
+        status=429,
+        retried=1,
+        received_at=now,
+        wait=360.0,
+        wait_source="x-ratelimit-reset-tokens",
+        next_try_at=now + timedelta(minutes=6),
+        delayed_by="provider",
+        **trouble,
+    )
+    page = page_of(admin_client, REQUEST, row)
+    for words in (
+        "rate_limit_exceeded: Slow <down>",
+        "6m0s (x-ratelimit-reset-tokens)",
+        "after 6 min: the provider's header",
+        "429 rate: tokens reset in 6m0s; next try ",
+        "503",
+        "overload",
+    ):
+        assert words in page.text
+    assert page.inline_code == []
+    assert not page.values("td", "style")
+
+
+def test_a_receipts_page_tells_its_attempt_in_a_sentence(admin_client: Client) -> None:
+    receipt = receipt_of(failed(), status=402, trouble="money", words="Pay first", retried=0)
+    shown = page_of(admin_client, RECEIPT, receipt).text
+    assert "402 money: Pay first. Raise the spend limit" in shown
+    found = admin_client.get(f"{reverse(RECEIPTS)}?trouble__exact=money").context["cl"].result_list
+    assert list(found) == [receipt]
 
 
 def test_attempts_are_for_those_who_may_view_receipts(staff_client: Callable[..., Client]) -> None:

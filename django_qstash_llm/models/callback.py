@@ -503,7 +503,7 @@ class CallbackResponse(Attempt):
         except UnreadableCompletion as error:
             self._note(str(error))
             self._read_trouble(llm_request, callback)
-            words = " ".join(filter(None, (str(error), self.remedy)))
+            words = self._with_remedy(str(error))
             changes = llm_request.after_failure(error.code, words, now=self.received_at)
             if error.usage:
                 changes |= llm_request.after_spending(
@@ -536,7 +536,7 @@ class CallbackResponse(Attempt):
     def _failed(self, llm_request: LLMRequest, callback: Callback) -> Changes:
         code = self.code or (self.trouble if self.remedy else f"http_{self.status}")
         code = "no_response" if self.status < 0 else code
-        words = f"{self._words()}. {self.remedy}" if self.remedy else self._words()
+        words = self._with_remedy(self._words())
         changes = llm_request.after_failure(code, words, now=self.received_at)
         if not changes and self._is_earlier_end(llm_request):
             changes = llm_request.after_earlier_failure(code, words)
@@ -566,6 +566,9 @@ class CallbackResponse(Attempt):
             words = "the provider did not answer"
         attempts = f"after {self.attempt} attempt{'s' * (self.attempt > 1)}"
         return f"{words or f'the provider answered {self.status}'} ({attempts})"
+
+    def _with_remedy(self, words: str) -> str:
+        return f"{words.rstrip('.')}. {self.remedy}" if self.remedy else words
 
 
 # A 200 that came to nothing is one as well.

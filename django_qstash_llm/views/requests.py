@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
@@ -91,7 +92,9 @@ class AttemptsView(ReadView):
 
 
 def _told(row: LLMRequest | Attempt, names: tuple[str, ...]) -> dict[str, Any]:
-    return {name: getattr(row, name) for name in names}
+    values = {name: getattr(row, name) for name in names}
+    # As text: a number of JSON's may lose what is behind a cent.
+    return {n: str(each) if isinstance(each, Decimal) else each for n, each in values.items()}
 
 
 def _door(view: type[ReadView]) -> Callable[..., Any]:
