@@ -38,7 +38,11 @@ class DelayedBy(models.TextChoices):
 
 
 class Attempt(models.Model):
-    """The part of a receipt that tells of the attempt."""
+    """The part of a receipt that tells of the attempt.
+
+    The database knows the defaults: what succeeded is stored without all this, and so it is by a
+    process that does not know these columns yet.
+    """
 
     if TYPE_CHECKING:
         status: Any
@@ -46,10 +50,21 @@ class Attempt(models.Model):
         max_retries: Any
         dead_letter_id: Any
 
-    trouble = models.CharField(gettext_lazy("trouble"), max_length=16, blank=True, choices=TROUBLES)
+    trouble = models.CharField(
+        gettext_lazy("trouble"),
+        max_length=16,
+        blank=True,
+        default="",
+        db_default="",
+        choices=TROUBLES,
+    )
     """Empty where the provider answered."""
-    code = models.CharField(gettext_lazy("provider's code"), max_length=64, blank=True)
-    words = models.TextField(gettext_lazy("provider's words"), blank=True)
+    code = models.CharField(
+        gettext_lazy("provider's code"), max_length=64, blank=True, default="", db_default=""
+    )
+    words = models.TextField(
+        gettext_lazy("provider's words"), blank=True, default="", db_default=""
+    )
     wait = models.FloatField(
         gettext_lazy("wait"),
         null=True,
@@ -60,6 +75,8 @@ class Attempt(models.Model):
         gettext_lazy("wait named by"),
         max_length=64,
         blank=True,
+        default="",
+        db_default="",
         help_text=gettext_lazy("The header or the words that the wait was read from."),
     )
     next_try_at = models.DateTimeField(
@@ -69,16 +86,27 @@ class Attempt(models.Model):
         help_text=gettext_lazy("About when QStash tries again; empty is never."),
     )
     delayed_by = models.CharField(
-        gettext_lazy("delay chosen by"), max_length=16, blank=True, choices=DelayedBy
+        gettext_lazy("delay chosen by"),
+        max_length=16,
+        blank=True,
+        default="",
+        db_default="",
+        choices=DelayedBy,
     )
 
     # telling
-    to_announce = models.BooleanField(gettext_lazy("to be announced"), default=False)
+    to_announce = models.BooleanField(
+        gettext_lazy("to be announced"), default=False, db_default=False
+    )
     """Whether ``request_attempted`` is still to be sent. Where nobody listens and nothing is wrong
     it never is, so that the index of those that are stays empty."""
-    announce_tries = models.PositiveSmallIntegerField(gettext_lazy("announce tries"), default=0)
+    announce_tries = models.PositiveSmallIntegerField(
+        gettext_lazy("announce tries"), default=0, db_default=0
+    )
     announce_after = models.DateTimeField(gettext_lazy("announce after"), null=True, blank=True)
-    announce_error = models.TextField(gettext_lazy("announce error"), blank=True)
+    announce_error = models.TextField(
+        gettext_lazy("announce error"), blank=True, default="", db_default=""
+    )
 
     # having QStash try no more
     cancel_after = models.DateTimeField(
@@ -87,7 +115,9 @@ class Attempt(models.Model):
         blank=True,
         help_text=gettext_lazy("When QStash is asked (again) to try no more; empty is not at all."),
     )
-    cancel_tries = models.PositiveSmallIntegerField(gettext_lazy("cancel tries"), default=0)
+    cancel_tries = models.PositiveSmallIntegerField(
+        gettext_lazy("cancel tries"), default=0, db_default=0
+    )
 
     class Meta:
         abstract = True
@@ -125,6 +155,11 @@ class Attempt(models.Model):
             is_named = delay_from_headers(callback.status, headers, now=now) is not None
             by_itself = DelayedBy.REQUEST if expression else DelayedBy.QSTASH
             self.delayed_by = DelayedBy.PROVIDER if is_named else by_itself
+
+    @property
+    def left_to_the_database(self) -> frozenset[str]:
+        """The columns that need not be named when the receipt is stored."""
+        return _NOTHING if self.trouble or self.to_announce else _EVERYTHING
 
     @property
     def is_end(self) -> bool:
@@ -171,6 +206,10 @@ class Attempt(models.Model):
         )
         what = " ".join(filter(None, bucket.split("-"))) or _("limit")
         return _("%(what)s reset in %(span)s") % {"what": what, "span": span}
+
+
+_EVERYTHING = frozenset(field.attname for field in Attempt._meta.local_concrete_fields)
+_NOTHING: frozenset[str] = frozenset()
 
 
 def short_duration(seconds: float) -> str:

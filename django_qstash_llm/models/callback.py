@@ -92,7 +92,8 @@ class CallbackResponseQuerySet(models.QuerySet["CallbackResponse"]):
         """
         self._for_write = True  # for self.db: not the replica that reads would go to
         callback = replace(callback, body=_unpacked(callback.body))
-        receipt = self.model(
+        receipt = inbox.new(
+            self.model,
             uuid=uuid,
             callback_message_id=clean_text(message_id, limit=255),
             received_at=now,

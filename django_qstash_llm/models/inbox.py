@@ -27,6 +27,23 @@ VERSION = "_version"
 what was found."""
 
 
+def new(model: type[Row], **values: Any) -> Row:
+    """An unsaved row, as ``model(**values)`` is, without asking forty fields for their defaults. What
+    has a default that is made anew each time has to be given."""
+    row = model.__new__(model)
+    row.__dict__.update(_defaults(model), _state=ModelState(), **values)
+    return row
+
+
+@lru_cache(maxsize=16)
+def _defaults(model: type[models.Model]) -> dict[str, Any]:
+    return {
+        field.attname: field.get_default()
+        for field in model._meta.concrete_fields
+        if field.default is models.NOT_PROVIDED or not callable(field.default)
+    }
+
+
 def lock(model: type[Row], uuid: UUID, names: tuple[str, ...], *, using: str) -> Row | None:
     """The row of this ``uuid`` with no more than the fields ``names``, locked until the transaction
     ends where the database locks rows; None when there is none."""
@@ -71,13 +88,14 @@ def _look(
 
 def insert(row: models.Model, *, using: str) -> None:
     """Store a new row; its key is set. Sends no signals: nobody else's code runs here."""
-    connection, values = connections[using], _stored(row, using)
+    connection, names = connections[using], _stored_names(row)
+    values = _stored(row, names, using)
     with connection.cursor() as cursor:
         if connection.features.can_return_columns_from_insert:
-            cursor.execute(_insert(type(row), using, returning=True), values)
+            cursor.execute(_insert(type(row), names, using, returning=True), values)
             [row.pk] = cursor.fetchone()
         else:
-            cursor.execute(_insert(type(row), using, returning=False), values)
+            cursor.execute(_insert(type(row), names, using, returning=False), values)
             key: Any = row._meta.pk
             row.pk = connection.ops.last_insert_id(cursor, row._meta.db_table, key.column)
     row._state.adding, row._state.db = False, using
@@ -118,11 +136,12 @@ def _in_one_statement(
     changes: Mapping[str, Any],
     using: str,
 ) -> bool:
-    names = tuple(changes)
-    sql = _statement(type(receipt), type(row), names, using)
+    names, stored = tuple(changes), _stored_names(receipt)
+    sql = _statement(type(receipt), stored, type(row), names, using)
     changed = _prepared(type(row), names, changes.values(), using)
     with connections[using].cursor() as cursor:
-        cursor.execute(sql, [*changed, row.pk, getattr(row, VERSION), *_stored(receipt, using)])
+        values = _stored(receipt, stored, using)
+        cursor.execute(sql, [*changed, row.pk, getattr(row, VERSION), *values])
         found = cursor.fetchone()
     if found is None:
         return False
@@ -152,15 +171,20 @@ def _in_a_short_transaction(
 _AT_ONCE = {"postgresql": _in_one_statement, "sqlite": _in_a_short_transaction}
 
 
-def _stored(receipt: models.Model, using: str) -> list[Any]:
-    names = _stored_names(type(receipt))
+def _stored(receipt: models.Model, names: tuple[str, ...], using: str) -> list[Any]:
     values = [getattr(receipt, name) for name in names]
     return _prepared(type(receipt), names, values, using)
 
 
+def _stored_names(row: Any) -> tuple[str, ...]:
+    model: type[models.Model] = type(row)
+    return _names_without(model, row.left_to_the_database)
+
+
 @lru_cache(maxsize=16)
-def _stored_names(model: type[models.Model]) -> tuple[str, ...]:
-    return tuple(field.attname for field in model._meta.concrete_fields if not field.primary_key)
+def _names_without(model: type[models.Model], left_out: frozenset[str]) -> tuple[str, ...]:
+    fields = (field for field in model._meta.concrete_fields if not field.primary_key)
+    return tuple(field.attname for field in fields if field.attname not in left_out)
 
 
 def _prepared(
@@ -221,9 +245,11 @@ def _converter(field: Any, converts: Sequence[Any], using: str) -> Callable[[Any
 
 
 @lru_cache(maxsize=16)
-def _insert(model: type[models.Model], using: str, *, returning: bool) -> str:
+def _insert(
+    model: type[models.Model], names: tuple[str, ...], using: str, *, returning: bool
+) -> str:
     quote = connections[using].ops.quote_name
-    fields: list[Any] = [field for field in model._meta.concrete_fields if not field.primary_key]
+    fields: list[Any] = [model._meta.get_field(name) for name in names]
     columns = [quote(field.column) for field in fields]
     marks = ", ".join(["%s"] * len(columns))
     sql = f"INSERT INTO {quote(model._meta.db_table)} ({', '.join(columns)}) VALUES ({marks})"  # noqa: S608
@@ -244,11 +270,15 @@ def _guarded_update(
 
 @lru_cache(maxsize=256)
 def _statement(
-    receipt: type[models.Model], row: type[models.Model], names: tuple[str, ...], using: str
+    receipt: type[models.Model],
+    stored: tuple[str, ...],
+    row: type[models.Model],
+    names: tuple[str, ...],
+    using: str,
 ) -> str:
     """``xmin`` is the transaction that wrote a version of a row: PostgreSQL's own mark of it."""
     quote = connections[using].ops.quote_name
-    fields: list[Any] = [field for field in receipt._meta.concrete_fields if not field.primary_key]
+    fields: list[Any] = [receipt._meta.get_field(name) for name in stored]
     columns = ", ".join(quote(field.column) for field in fields)
     marks = ", ".join(["%s"] * len(fields))
     return f"""

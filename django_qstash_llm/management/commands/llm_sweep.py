@@ -18,7 +18,8 @@ from ...models.reconciler import Reconciler
 class Command(BaseCommand):
     help = (
         "Submits what is pending, reads stored callbacks again that could not be read, asks QStash "
-        "about what is overdue and announces what is finished, here and now, without Celery. "
+        "about what is overdue, cancels there what no retry would help and announces attempts and "
+        "what is finished, here and now, without Celery. "
         "For cron on sites without Celery beat, and for after a broker was lost."
     )
 
