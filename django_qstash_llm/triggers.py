@@ -33,6 +33,7 @@ from .exceptions import ConfigurationError
 from .models import CallbackResponse
 from .models.callback import CallbackResponseQuerySet
 from .models.forgetting import changes_at_end
+from .models.lane import learn_from
 from .models.request import ANNOUNCED, CLAIM_SECONDS, LLMRequest, LLMRequestQuerySet, State
 from .signals import request_attempted, request_completed, request_failed
 
@@ -332,6 +333,9 @@ def announce_attempts(using: str, *, limit: int = 500, clock: Clock = timezone.n
     many."""
     due = unannounced_attempts(using, clock()).order_by("id")
     keys = list(due.values_list("pk", flat=True)[:limit])
+    # Before receivers and apart from them, whose errors are not theirs. They may hear of one twice.
+    heard_of = CallbackResponse.objects.using(using).select_related("llm_request")
+    learn_from(heard_of.filter(pk__in=keys).order_by("pk"), now=clock())
     for pk in keys:
         _announce_attempt(using, pk, clock)
     return len(keys)
@@ -344,8 +348,6 @@ def _announce_attempt(using: str, pk: int, clock: Clock) -> None:
     untold = CallbackResponse.objects.using(using).filter(pk=pk, to_announce=True)
     claimed = untold.filter(announce_after=attempt.announce_after)
     try:
-        # Here lanes learn of an attempt with ``trouble``: before receivers and apart from them, whose
-        # errors are not theirs. It may come twice, as for a worker that dies before the mark.
         _tell_of_attempt(attempt, attempt.llm_request, untold, using)
     # User code may raise anything, and the next attempt must be told all the same.
     except Exception as error:

@@ -352,7 +352,11 @@ class CallbackResponse(Attempt):
             self.put_off(error, now=now)
             return {}
         if self.llm_request and self.applied_at is None:  # once, however often it is read
-            self.to_announce = bool(self.trouble) or request_attempted.has_listeners(LLMRequest)
+            self.to_announce = (
+                bool(self.trouble)
+                or request_attempted.has_listeners(LLMRequest)
+                or (app_settings().flow_control == "learned" and _tells_limits(callback.header))
+            )
             self.cancel_after = now if self.is_end and not callback.is_last else None
         self.applied_at, self.apply_after = now, None
         return changes
@@ -586,6 +590,10 @@ _ANOTHER_ANSWER = (
     "The request was completed before by another answer. This one is paid for as well: it is not "
     "used, and not part of the request's cost."
 )
+
+
+def _tells_limits(header: Mapping[str, Any]) -> bool:
+    return any("ratelimit-limit" in name.lower() for name in header)
 
 
 def _kept_fields(callback: Callback) -> dict[str, Any]:
