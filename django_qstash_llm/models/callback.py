@@ -399,11 +399,16 @@ class CallbackResponse(Attempt):
             return has_changed and receipt.llm_request_id is not None
         with transaction.atomic(using=self._state.db):
             self.llm_request = LLMRequest.objects.using(self._state.db).lock(self.uuid)
+            # Another worker may have read it first.
+            self.refresh_from_db(using=self._state.db, fields=["applied_at"])
+            is_first_time = self.applied_at is None
             changes = self.read(callback, now=now)
-            self.save(using=self._state.db, update_fields=_READ)
+            read = (*_READ, *_TO_DO) if is_first_time else _READ
+            self.save(using=self._state.db, update_fields=read)
             if self.llm_request is not None and changes:
                 self.llm_request.write(changes)
-            self.ring()
+            if is_first_time:
+                self.ring()
         return bool(changes)
 
     def anew(self, llm_request: LLMRequest) -> Changes:
@@ -582,8 +587,9 @@ _IS_END = (~Q(trouble="") & Q(next_try_at=None)) | Q(status__gte=200, status__lt
 _READ = (
     *("applied_at", "apply_tries", "apply_after", "problem", "llm_request"),
     *("trouble", "code", "words", "wait", "wait_source", "next_try_at", "delayed_by"),
-    *("to_announce", "cancel_after"),
 )
+# And what has to be done about it once. Later these are other workers' to write.
+_TO_DO = ("to_announce", "cancel_after")
 _ANSWER_AFTER_A_FAILURE = "The request had failed before this answer came: the answer counts."
 _GIVEN_UP_AFTER_THE_ANSWER = "QStash gave a message of this request up, and the request has been answered: the answer counts."
 _ANOTHER_ANSWER = (

@@ -148,7 +148,9 @@ def test_what_took_effect_is_not_announced_or_cancelled_again_when_it_is_read_ag
     row: LLMRequest,
 ) -> None:
     receive(row, attempt(402, error("Pay up")))
+    read_before_it_was_done = CallbackResponse.objects.get()
     CallbackResponse.objects.update(to_announce=False, cancel_after=None)
+    read_before_it_was_done.apply_again(now=NOW)
     CallbackResponse.objects.get().apply_again(now=NOW)
     assert not CallbackResponse.objects.filter(to_announce=True).exists()
     assert not Cancellations(clock=lambda: NOW).due().exists()
