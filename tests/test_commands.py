@@ -165,7 +165,7 @@ def test_a_lane_is_paused_listed_and_resumed(qstash: FakeQStash) -> None:
     assert lanes() == f"{lane.pause_in_words} 1 wait.\n"
     assert sweep().startswith("0 submitted, 0 announced, 1 still pending.\n")
     assert lane.pause_in_words in sweep()
-    assert lanes("resume", "--provider", "openai") == "openai: open.\n"
+    assert lanes("resume", "--provider", "openai") == "openai: open. QStash is being told.\n"
     lane.refresh_from_db()
     assert (lane.is_paused, lane.resumed_by) == (False, "llm_lanes")
     assert sweep().startswith("1 submitted")

@@ -28,7 +28,7 @@ from django_qstash_llm.models.replay import read_anew
 from django_qstash_llm.models.request import UNFINISHED, State
 from django_qstash_llm.qstash import Callback, NotFound, QStashError, TransportError
 from django_qstash_llm.server.delivery import Engine
-from django_qstash_llm.server.models import DeadLetter, Message
+from django_qstash_llm.server.models import DeadLetter, Gate, Message
 from django_qstash_llm.signals import request_completed, request_failed
 from testproject.provider import MODEL, Provider
 
@@ -727,9 +727,11 @@ def provider(wire: Wire) -> Iterator[Provider]:
 
 
 def deliver_everything(times: int = 1) -> None:
-    """What QStash does when the time of every retry has come."""
+    """What QStash does when the time of every retry, and of every limit, has come."""
     for _ in range(times):
         Message.objects.filter(due_at__gt=timezone.now()).update(due_at=timezone.now())
+        for gate in Gate.objects.all():
+            gate.reset(now=timezone.now())
         engine = Engine()
         engine.deliver_due()
         engine.close()

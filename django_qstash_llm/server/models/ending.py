@@ -251,7 +251,7 @@ class _Endings:
         failed.end(Message.State.FAILED, now=self.now, keeps_secrets=True)
 
 
-_PUT_BACK = {Trouble.RATE, Trouble.DAILY, Trouble.OVERLOAD}
+_PUT_BACK = {Trouble.RATE, Trouble.DAILY}
 MOST_RETRIES = 2**31 - 2
 """What the column takes."""
 
