@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..limits import MINUTE, Limit, Reading, Trouble
+from ..limits import HOUR, MINUTE, Limit, Reading, Trouble
 
 FIRST_WINDOW = 8.0
 """Calls at once to a provider of which no limit is known."""
@@ -25,15 +25,22 @@ takes no place in the window any more, and if it was to find out, nobody waits f
 SPACING = 0.02
 """Seconds between groups of calls, so that the refusal of one is known before the last begins."""
 GROUP = 3
-"""Calls in a group while no limit is known."""
+"""Calls in a group while no limit is known, and little of the provider: see ``Pace._group``."""
+MOST_GROUPS = 2.0
+"""That may go together where nobody looked for so long."""
 KNOWN_GROUP = 10
 """The same at least where one is."""
 BACKOFF = 1.5
 """By which each refusal in a row lengthens the wait that it names."""
 LONGEST_BACKOFF = 30.0
-"""Seconds added at most to a named wait, and waited at most where none is named."""
+"""Seconds added at most to a named wait, and waited at most after a refusal that names none."""
+LONGEST_OUTAGE = 5.0
+"""Seconds between two calls to find out whether a provider that is down is back."""
 FAULTS_IN_A_ROW = 3
 """After which a provider that fails is taken to be down."""
+SPARE_SHARE, SPARE_SECONDS = 0.02, 0.1
+"""Of a bucket that much is left unused at most: this share of it, and a call and what refills in so
+many seconds."""
 CAUTION = 0.99
 """Of what refills at the provider's we count this much: its clock and ours differ, and a refused
 call costs more than a late one."""
@@ -92,6 +99,8 @@ class Bucket:
     period: float | None = None
     """Seconds in which it refills steadily; None is a window, full again at ``opens_at``."""
     opens_at: float | None = None
+    opened_at: float = 0.0
+    """When the window that it counts in opened. What was said before tells of another."""
 
     @property
     def rate(self) -> float:
@@ -102,13 +111,18 @@ class Bucket:
         if self.period:
             self.level = min(self.limit, self.level + max(0.0, now - self.at) * self.rate)
         elif self.opens_at is not None and now >= self.opens_at:
-            self.level, self.opens_at = self.limit, None
+            self.level, self.opens_at, self.opened_at = self.limit, None, now
+        elif self.opens_at is None and self.level < self.needed(1):
+            # Nothing was heard of this window's end. Most are a minute's.
+            self.opens_at = now + MINUTE
         self.at = max(now, self.at)
 
     def needed(self, amount: float) -> float:
-        """What must be there for a call of this amount to begin. One that is over the limit waits
-        until it is full: the provider is to say that it never fits."""
-        return min(max(1.0, amount), self.limit)
+        """What must be there for a call of this amount to begin, with a little to spare: calls do not
+        arrive as evenly as they begin. One that is over the limit waits until it is full: the
+        provider is to say that it never fits."""
+        spare = min(SPARE_SHARE * self.limit, 1.0 + SPARE_SECONDS * self.rate)
+        return min(max(1.0, amount) + spare, self.limit)
 
     def when(self, amount: float) -> float:
         """The moment at which it holds so much, if nothing else happens."""
@@ -243,7 +257,8 @@ class Pace:
             return 0
         if in_flight and now - self.begun_at < SPACING - _LITTLE:
             return 0
-        free = self._group
+        # Who looks seldom may let as many go as would have gone by now.
+        free = int(self._group * max(1.0, min(MOST_GROUPS, (now - self.begun_at) / SPACING)))
         if self.most is not None:
             free = min(free, self.most - in_flight)
         if self.is_probing:
@@ -287,7 +302,11 @@ class Pace:
     @property
     def _group(self) -> int:
         if not self._is_known:
-            return max(1, min(GROUP, int(self.window / 8)))
+            # The more were let in, the less the refusal of a group of them weighs.
+            return max(1, min(int(self.window / 8), max(GROUP, int(self.window / 120))))
+        if self.measured is not None:
+            # Twice as fast as it refills, after a pause.
+            return max(1, round(2 * SPACING * (self.measured.rate or 0.0)))
         rates = [
             bucket.rate for name, bucket in self.buckets.items() if counted_as(name) == "requests"
         ]
@@ -310,7 +329,8 @@ class Pace:
                 self.sent[name] += charge.of(name)
             for name, bucket in self._all_buckets():
                 bucket.refill(now)
-                bucket.level -= charge.of(name)
+                # One call over the limit is not to shut out all others for many periods.
+                bucket.level = max(-bucket.limit, bucket.level - charge.of(name))
             marks.append(dict(self.sent))
         if charges and self.measured is not None:
             self.measured.refill(now)
@@ -409,9 +429,10 @@ class Pace:
         self.was_refused = True
         if self._has_window and not self.is_overloaded:
             self.window = max(1.0, self.window / 2)
-        self._strike(
-            reading, now, jitter, shortest=MINUTE if reading.trouble is Trouble.DAILY else 1.0
-        )
+        if reading.trouble is Trouble.DAILY:
+            self._strike(reading, now, jitter, shortest=MINUTE, longest=HOUR)
+        else:
+            self._strike(reading, now, jitter)
 
     def _overloaded(
         self,
@@ -423,22 +444,29 @@ class Pace:
     ) -> None:
         if is_of_now:
             self._shrink(in_flight + 1)
-            self._strike(reading, now, jitter, shortest=1.0)
+            self._strike(reading, now, jitter, longest=LONGEST_OUTAGE)
         else:
             self._block(reading.wait or 0.0, now, jitter)
 
-    def _strike(self, reading: Reading, now: float, jitter: Jitter, *, shortest: float) -> None:
+    def _strike(
+        self,
+        reading: Reading,
+        now: float,
+        jitter: Jitter,
+        *,
+        shortest: float = 1.0,
+        longest: float = LONGEST_BACKOFF,
+    ) -> None:
+        """All wait, and then one finds out. ``shortest`` and ``longest``: seconds, where no wait is
+        named."""
         self.strikes += 1
         self.blocked_at = now
         self.is_probing, self.probe_at = True, None
         again = min(self.strikes - 1, 30)
-        if reading.wait is not None:
-            longer = min(reading.wait * (BACKOFF**again - 1), LONGEST_BACKOFF)
-            wait = reading.wait + longer
-        elif shortest > LONGEST_BACKOFF:
-            wait = min(shortest * 2.0**again, 60 * shortest)
+        if reading.wait is None:
+            wait = min(shortest * 2.0**again, longest)
         else:
-            wait = min(shortest * 2.0**again, LONGEST_BACKOFF)
+            wait = reading.wait + min(reading.wait * (BACKOFF**again - 1), LONGEST_BACKOFF)
         self._block(wait, now, jitter)
 
     def _block(self, wait: float, now: float, jitter: Jitter) -> None:
@@ -459,6 +487,10 @@ class Pace:
         bucket = self.buckets.get(name)
         if limit.remaining is None:
             return
+        if bucket is not None and not bucket.period:
+            bucket.refill(now)
+            if began < bucket.opened_at:
+                return
         if reading.trouble is None and limit.limit:
             period, opens_at = _refilling(limit, now=now)
             if bucket is None:
@@ -467,7 +499,10 @@ class Pace:
             if period:
                 bucket.period, bucket.opens_at = period, None
             elif bucket.period is None or bucket.limit != limit.limit:
-                bucket.period, bucket.opens_at = None, opens_at
+                # Said some time before it is heard: the earliest is the nearest.
+                known = bucket.opens_at if bucket.period is None else None
+                bucket.period = None
+                bucket.opens_at = opens_at if known is None else min(known, opens_at or known)
             bucket.limit = limit.limit
         if bucket is None:
             return

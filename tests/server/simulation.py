@@ -15,6 +15,8 @@ from django_qstash_llm.server.pacing import SETTLED, Caps, Charge, Pace
 
 REACTION = 0.02
 """Seconds until an engine has written down what it was answered."""
+JITTER = 0.03
+"""Seconds between a call's beginning and its arrival, at most."""
 REFUSING = 0.01
 """Seconds a provider takes to refuse."""
 
@@ -159,6 +161,7 @@ def drain(
     now = 0.0
     left, delivered, refused, early, last, known_wait = count, 0, 0, 0, 0.0, 0.0
     flying: list[_Call] = []
+    arrived = 0.0
     while delivered < count and now < most_seconds:
         ended = [each for each in flying if each.ends + REACTION <= now]
         flying = [each for each in flying if each.ends + REACTION > now]
@@ -185,9 +188,11 @@ def drain(
         begins = pace.fitting(charges, now=now, in_flight=len(flying), settled=settled)
         early += begins if now < known_wait else 0
         for mark in pace.begin(charges[:begins], now=now):
-            answer = provider.call(now, tokens)
+            # They arrive less evenly than they begin, but in their order.
+            arrived = max(arrived, now + chance.uniform(0.0, JITTER))
+            answer = provider.call(arrived, tokens)
             takes = latency if answer[0] == 200 else REFUSING
-            flying.append(_Call(now, now + takes, answer, mark))
+            flying.append(_Call(now, arrived + takes, answer, mark))
         left -= begins
         moments = [each.ends + REACTION for each in flying]
         if left:

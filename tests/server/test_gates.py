@@ -198,12 +198,13 @@ def test_what_waits_at_a_gate_leaves_when_gates_are_switched_off(
 
 def test_one_call_finds_out_and_then_the_learnt_limit_lets_more(api: Api, clock: Clock) -> None:
     known(clock, api)
-    for _ in range(15):
+    for _ in range(30):
         asked(api)
-    assert len(claim(clock)) == 10
+    first = len(claim(clock))
+    assert 10 <= first <= 20
     # The groups are spaced, so that a refusal of one is known before the next.
     clock.advance(0.03)
-    assert len(claim(clock)) == 5
+    assert len(claim(clock)) >= 10
 
 
 def test_a_callback_is_no_call_of_a_model(api: Api, engine: Engine, wire: Wire) -> None:
