@@ -801,7 +801,7 @@ ALL = tuple(CLIENTS)
 
 def scenarios(size: str) -> list[Scenario]:
     # T* is so many seconds, with a minute's worth at once.
-    count, seconds = {"quick": (680, 8), "default": (900, 30), "full": (10_000, 90)}[size]
+    count, seconds = {"quick": (340, 8), "default": (900, 30), "full": (10_000, 90)}[size]
     rpm = round(count / (1 + seconds / 60))
     # llmock remembers 10,000 calls: with so many none is left for those of its worse clients.
     few, baselines = (9_000, OURS) if size == "full" else (count, ALL)
