@@ -1003,8 +1003,9 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = arguments()
-    # What is begun is ended also by those who do not press Ctrl-C.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # On the way out everything that was begun is ended.
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     with database(options.database) as given:
         set_up(given)
         from django.core.management import call_command
