@@ -115,6 +115,8 @@ class Child:
 def _child(target: Callable[..., None], pipe: Connection, *arguments: Any) -> None:
     # Ctrl-C reaches the whole group; the parent is the one to say that this is the end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # So may others be told to end; what this one began ends with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         target(pipe, *arguments)
 
@@ -362,7 +364,7 @@ def serve_llmock(pipe: Connection, limits: Limits) -> None:
     command = [str(llmock()), "serve", "--port", str(port), "--log-level", "warning"]
     command += ["--rpm", str(limits.rpm), "--latency-ms", str(round(LATENCY * 1000))]
     command += ["--tpm", str(limits.tpm)] * (limits.tpm is not None)
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         wait_for_port(port)
         pipe.send(f"http://127.0.0.1:{port}/v1")
