@@ -12,7 +12,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..limits import HOUR, MINUTE, Limit, Reading, Trouble
 
@@ -38,7 +38,7 @@ LONGEST_OUTAGE = 5.0
 """Seconds between two calls to find out whether a provider that is down is back."""
 FAULTS_IN_A_ROW = 3
 """After which a provider that fails is taken to be down."""
-SPARE_SHARE, SPARE_SECONDS = 0.02, 0.1
+SPARE_SHARE, SPARE_SECONDS = 0.02, 0.25
 """Of a bucket that much is left unused at most: this share of it, and a call and what refills in so
 many seconds."""
 CAUTION = 0.99
@@ -121,7 +121,9 @@ class Bucket:
         """What must be there for a call of this amount to begin, with a little to spare: calls do not
         arrive as evenly as they begin. One that is over the limit waits until it is full: the
         provider is to say that it never fits."""
-        spare = min(SPARE_SHARE * self.limit, 1.0 + SPARE_SECONDS * self.rate)
+        spare = (
+            min(SPARE_SHARE * self.limit, 1.0 + SPARE_SECONDS * self.rate) if self.period else 0.0
+        )
         return min(max(1.0, amount) + spare, self.limit)
 
     def when(self, amount: float) -> float:
@@ -175,6 +177,13 @@ class Measured:
         assert self.before is not None
         _, seconds, rate = self.before
         self.rate = max(accepted / max(seconds, 0.05) * EASE, rate * DECREASE, SLOWEST)
+
+
+class Mark(NamedTuple):
+    """What had ever been sent before a group of calls, and with it: counts by ``COUNTED``."""
+
+    before: Mapping[str, float]
+    after: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,9 +330,9 @@ class Pace:
         yield from self.buckets.items()
         yield from self.own.items()
 
-    def begin(self, charges: Sequence[Charge], *, now: float) -> list[dict[str, float]]:
-        """These calls begin now. Answers, for each, what had been sent when it was."""
-        marks = []
+    def begin(self, charges: Sequence[Charge], *, now: float) -> Mark:
+        """These calls begin now, as one group."""
+        before = dict(self.sent)
         for charge in charges:
             for name in COUNTED:
                 self.sent[name] += charge.of(name)
@@ -331,14 +340,13 @@ class Pace:
                 bucket.refill(now)
                 # One call over the limit is not to shut out all others for many periods.
                 bucket.level = max(-bucket.limit, bucket.level - charge.of(name))
-            marks.append(dict(self.sent))
         if charges and self.measured is not None:
             self.measured.refill(now)
             self.measured.level -= len(charges)
         if charges:
             self.begun_at = now
             self.probe_at = now if self.is_probing else None
-        return marks
+        return Mark(before, dict(self.sent))
 
     def next_at(self, charge: Charge, *, now: float) -> float:
         """When to look again whether a call may begin, should no answer come before."""
@@ -361,11 +369,11 @@ class Pace:
         *,
         now: float,
         began: float,
-        mark: Mapping[str, float] | None,
+        mark: Mark | None,
         in_flight: int,
         jitter: Jitter = random.uniform,
     ) -> None:
-        """An answer came to a call that began at ``began``, when ``mark`` had been sent.
+        """An answer came to a call that began at ``began``, in the group of ``mark``.
 
         ``in_flight``: calls still under way. ``mark`` None is a call of an engine that died.
         """
@@ -482,7 +490,7 @@ class Pace:
         *,
         now: float,
         began: float,
-        mark: Mapping[str, float] | None,
+        mark: Mark | None,
     ) -> None:
         bucket = self.buckets.get(name)
         if limit.remaining is None:
@@ -492,44 +500,43 @@ class Pace:
             if began < bucket.opened_at:
                 return
         if reading.trouble is None and limit.limit:
-            period, opens_at = _refilling(limit, now=now)
             if bucket is None:
-                bucket = self.buckets[name] = Bucket(limit.limit, math.inf, now)
-                bucket.level = limit.limit
-            if period:
-                bucket.period, bucket.opens_at = period, None
-            elif bucket.period is None or bucket.limit != limit.limit:
+                bucket = self.buckets[name] = Bucket(limit.limit, limit.limit, now)
+            period, opens_at = _refilling(limit, bucket.period, now=now)
+            if opens_at is not None and bucket.opens_at is not None:
                 # Said some time before it is heard: the earliest is the nearest.
-                known = bucket.opens_at if bucket.period is None else None
-                bucket.period = None
-                bucket.opens_at = opens_at if known is None else min(known, opens_at or known)
-            bucket.limit = limit.limit
+                opens_at = min(opens_at, bucket.opens_at)
+            bucket.limit, bucket.period, bucket.opens_at = limit.limit, period, opens_at
         if bucket is None:
             return
         bucket.refill(now)
         if mark is None:
             bucket.level = min(bucket.level, limit.remaining)
             return
-        # What was counted when this was said is known to us but for those calls that were sent
-        # after this one: the provider may have counted them by then, or not.
+        # What the provider had counted when it said this we know but for the calls that were sent
+        # since, and the others of its group, which may have arrived in any order.
         counted = counted_as(name)
-        least = limit.remaining - (self.sent[counted] - mark[counted])
-        most = least + (now - began) * bucket.rate
+        least = limit.remaining - (self.sent[counted] - mark.before[counted])
+        most = limit.remaining - (self.sent[counted] - mark.after[counted])
+        most += (now - began) * bucket.rate
         bucket.level = min(max(bucket.level, least), max(most, least))
 
 
-def _refilling(limit: Limit, *, now: float) -> tuple[float | None, float | None]:
-    """(period, None) of a bucket that refills steadily, (None, when it opens) of a window."""
+def _refilling(
+    limit: Limit, known: float | None, *, now: float
+) -> tuple[float | None, float | None]:
+    """(period, None) of a bucket that refills steadily, as it was ``known`` to or now seems to;
+    (None, when it opens) of a window. Each answer is asked: some of a window's look like the other."""
     assert limit.limit
+    period = limit.period or known
     if limit.reset is None:
         # Nothing is said of it. A minute is what most count in.
-        return limit.period or MINUTE, None
-    if limit.period:
-        used = limit.limit - (limit.remaining or 0.0)
-        full_in = limit.period * used / limit.limit
+        return period or MINUTE, None
+    if period:
+        full_in = period * (limit.limit - (limit.remaining or 0.0)) / limit.limit
         # To the second is exact enough: some round.
         if abs(limit.reset - full_in) <= max(1.0, 0.1 * full_in):
-            return limit.period, None
+            return period, None
     return None, now + limit.reset + LATE
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from django_qstash_llm.limits import read
-from django_qstash_llm.server.pacing import SETTLED, Caps, Charge, Pace
+from django_qstash_llm.server.pacing import SETTLED, Caps, Charge, Mark, Pace
 
 REACTION = 0.02
 """Seconds until an engine has written down what it was answered."""
@@ -143,7 +143,7 @@ class _Call:
     began: float
     ends: float
     answer: Answer
-    mark: dict[str, float]
+    mark: Mark
 
 
 def drain(
@@ -187,7 +187,8 @@ def drain(
         charges = [charge] * min(left, 500)
         begins = pace.fitting(charges, now=now, in_flight=len(flying), settled=settled)
         early += begins if now < known_wait else 0
-        for mark in pace.begin(charges[:begins], now=now):
+        mark = pace.begin(charges[:begins], now=now)
+        for _ in range(begins):
             # They arrive less evenly than they begin, but in their order.
             arrived = max(arrived, now + chance.uniform(0.0, JITTER))
             answer = provider.call(arrived, tokens)

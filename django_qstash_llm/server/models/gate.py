@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
@@ -12,7 +12,7 @@ from django.db.models import Count, Exists, Min, OuterRef, Q
 from ...limits import Reading, Trouble
 from .. import conf, doorbell, metering
 from ..metering import Subject
-from ..pacing import SETTLED, Charge, Pace
+from ..pacing import SETTLED, Charge, Mark, Pace
 
 if TYPE_CHECKING:
     from .message import Message, MessageQuerySet
@@ -25,7 +25,7 @@ class Begun:
     """What the engine that made an attempt knows of its beginning, and nobody else."""
 
     at: datetime
-    mark: Mapping[str, float]
+    mark: Mark
     """What had been sent through its gate by then."""
 
 
@@ -197,8 +197,8 @@ class Gate(models.Model):
     def begin(self, rows: Sequence[Message], *, now: datetime) -> None:
         """These begin now."""
         self.in_flight(now)["in_flight"] += len(rows)
-        marks = self.pacing.begin([row.charge for row in rows], now=now.timestamp())
-        for row, mark in zip(rows, marks, strict=True):
+        mark = self.pacing.begin([row.charge for row in rows], now=now.timestamp())
+        for row in rows:
             row.begun = Begun(now, mark)
 
     def look(self, *, now: datetime) -> None:
