@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
+from . import anthropic
 from .cleaning import WIDEST_INTEGER, clean_json, clean_text
 from .exceptions import UnreadableCompletion
 
@@ -64,17 +65,22 @@ def read_completion(body: bytes) -> Completion:
 
     Raises ``UnreadableCompletion`` whose ``code`` says in a word what is wrong.
     """
-    answer = _load(body)
+    return read_answer(_load(body))
+
+
+def read_answer(answer: Any) -> Completion:
+    """The same for an answer that is decoded already."""
     if isinstance(answer, list) and answer and isinstance(answer[0], dict):
         answer = answer[0]  # Gemini wraps errors in a list
     if not isinstance(answer, dict):
         raise UnreadableCompletion("not_json", "the answer is JSON, but not an object")
-    if answer.get("type") == "message" and isinstance(answer.get("content"), list):
-        return _read_anthropic(answer)
+    if anthropic.is_message(answer):
+        usage = answer.get("usage")  # as it was told, not as it is translated
+        return _read_openai(anthropic.completion(answer) | {"usage": usage})
     choices = answer.get("choices")
     if not choices and answer.get("error") is not None:
         # OpenRouter and others say it with status 200.
-        code, message = read_error(body)
+        code, message = error_in(answer)
         raise UnreadableCompletion(
             code or "error",
             message or "the provider answered with an error",
@@ -84,7 +90,7 @@ def read_completion(body: bytes) -> Completion:
         raise UnreadableCompletion(
             "no_choices", "the answer has no choices", usage=read_usage(answer.get("usage"))
         )
-    return _read_openai(answer, choices[0])
+    return _read_openai(answer)
 
 
 def _load(body: bytes) -> Any:
@@ -132,7 +138,8 @@ def decompress(body: bytes) -> bytes:
     return unpacked
 
 
-def _read_openai(answer: dict[str, Any], choice: dict[str, Any]) -> Completion:
+def _read_openai(answer: dict[str, Any]) -> Completion:
+    choice = answer["choices"][0]
     message = choice.get("message")
     message = message if isinstance(message, dict) else {}
     tool_calls = message.get("tool_calls")
@@ -146,34 +153,6 @@ def _read_openai(answer: dict[str, Any], choice: dict[str, Any]) -> Completion:
         service_tier=_text(answer.get("service_tier"))[:64],
         usage=read_usage(answer.get("usage")),
     )
-
-
-_ANTHROPIC_FINISH = {
-    "end_turn": "stop",
-    "stop_sequence": "stop",
-    "max_tokens": "length",
-    "tool_use": "tool_calls",
-}
-
-
-def _read_anthropic(answer: dict[str, Any]) -> Completion:
-    blocks = [block for block in answer["content"] if isinstance(block, dict)]
-    stop_reason = _text(answer.get("stop_reason"))
-    return Completion(
-        text="".join(_text(block.get("text")) for block in blocks if block.get("type") == "text"),
-        id=_text(answer.get("id"))[:255],
-        model=_text(answer.get("model"))[:255],
-        finish_reason=_ANTHROPIC_FINISH.get(stop_reason, stop_reason)[:64],
-        tool_calls=[_tool_call(block) for block in blocks if block.get("type") == "tool_use"],
-        usage=read_usage(answer.get("usage")),
-    )
-
-
-def _tool_call(block: dict[str, Any]) -> dict[str, Any]:
-    """Anthropic's tool use in the one shape we keep, which is OpenAI's."""
-    arguments = json.dumps(clean_json(block.get("input")))
-    function = {"name": _text(block.get("name")), "arguments": arguments}
-    return {"id": _text(block.get("id")), "type": "function", "function": function}
 
 
 def _text(value: Any) -> str:
@@ -280,6 +259,11 @@ def read_error(body: bytes) -> tuple[str, str]:
         answer = json.loads(decompress(body).decode("utf-8", "replace"))
     except (ValueError, RecursionError):
         return "", clean_text(re.sub(r"\s+", " ", body[:500].decode("utf-8", "replace")).strip())
+    return error_in(answer)
+
+
+def error_in(answer: Any) -> tuple[str, str]:
+    """The same for an answer that is decoded already."""
     if isinstance(answer, list):
         answer = answer[0] if answer else {}
     if not isinstance(answer, dict):

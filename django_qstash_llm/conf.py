@@ -111,8 +111,22 @@ class AppSettings:
     health_token: str = field(default="", repr=False)
     """Who shows it as a bearer token sees the figures of the health page; 16 characters or more.
     Empty, only the staff does."""
+    chat_timeout: float = 600.0
+    """Seconds for a whole answer of the Chat API, for a request that names none."""
+    chat_connect_timeout: float = 5.0
+    """Seconds of them to be connected to the provider."""
+    chat_read_timeout: float = 120.0
+    """Seconds that a stream may say nothing before it counts as stalled."""
+    history: Mapping[str, int] = field(default_factory=dict)
+    """What a conversation repeats of what was said: ``{}`` is all of it, ``{"MESSAGES": n}`` the
+    last n messages at most, ``{"TOKENS": n}`` about so many tokens. See ``Conversation``."""
+    may_use_conversation: str = ""
+    """Dotted path to a function of a user and a conversation: whether the one may go on with the
+    other. Empty, its owner may."""
     transport: Any = field(default=None, repr=False)
     """An httpx transport, or the dotted path to one, for the way to QStash."""
+    chat_transport: Any = field(default=None, repr=False)
+    """The same for the Chat API's way to providers; of async calls an async one."""
 
     qstash_url: str = UPSTASH_URL
     qstash_token: str = field(default="", repr=False)
@@ -367,21 +381,26 @@ def _client_of_process(pid: int) -> Client:
 def new_client(base_url: str) -> Client:
     """A client for QStash at another place than the settings say: see ``qstash_client``."""
     conf = app_settings()
-    transport = conf.transport
-    if isinstance(transport, str):
-        try:
-            transport = import_string(transport)
-        except ImportError as error:
-            raise ConfigurationError(
-                f"QSTASH_LLM['TRANSPORT'] is {transport!r}, and there is no such thing: {error}"
-            ) from error
     return Client(
         conf.qstash_token,
         base_url=base_url,
         timeout=conf.submit_timeout,
-        transport=transport,
+        transport=named("TRANSPORT", conf.transport),
         redact=conf.without_secrets,
     )
+
+
+def named(name: str, value: Any) -> Any:
+    """What the setting ``name`` means, a thing or the dotted path to one. Raises
+    ``ConfigurationError``."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return import_string(value)
+    except ImportError as error:
+        raise ConfigurationError(
+            f"QSTASH_LLM[{name!r}] is {value!r}, and there is no such thing: {error}"
+        ) from error
 
 
 @receiver(setting_changed)

@@ -6,11 +6,14 @@
     ├── ConfigurationError (ImproperlyConfigured)   a setting is missing or wrong
     ├── InvalidRequest (ValueError)                 an LLM request that cannot be made; .field
     ├── IllegalState                                a verb that this row's state does not allow
+    │   └── ConversationBusy                        another turn of it is being answered
+    ├── ChatFailed                                  the Chat API got no whole answer; .llm_request
     └── UnreadableCompletion (ValueError)           an answer that is no completion; .code
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from django.core.exceptions import ImproperlyConfigured
@@ -36,6 +39,44 @@ class InvalidRequest(QStashLLMError, ValueError):
 
 class IllegalState(QStashLLMError):
     """A verb was used on a row whose state does not allow it."""
+
+
+class ConversationBusy(IllegalState):
+    """Another turn of the conversation was being answered for as long as was waited. Nothing was
+    asked."""
+
+
+class ChatFailed(QStashLLMError):
+    """The provider gave no whole answer. The row says the same, with what came and what it cost."""
+
+    def __init__(
+        self,
+        code: str,
+        problem: str,
+        *,
+        llm_request: Any,
+        status: int | None = None,
+        headers: Mapping[str, str] | None = None,
+        body: bytes = b"",
+        trouble: str = "",
+        wait: float | None = None,
+    ) -> None:
+        super().__init__(problem)
+        self.code = code
+        """One word: the provider's own, or ``http_…``, ``no_response``, ``timeout``; of a stream
+        also ``cut``, ``stalled``, ``malformed``; of an answer that of ``UnreadableCompletion``."""
+        self.llm_request = llm_request
+        """Its row, which is failed."""
+        self.status = status
+        """HTTP's, 200 where a stream broke; None where no answer came."""
+        self.headers = dict(headers or {})
+        """The answer's, names in lower case, without cookies and keys."""
+        self.body = body
+        """The provider's own words as they came, without keys of ours."""
+        self.trouble = trouble
+        """A ``limits.Trouble``: what can be done about it. Empty where a stream broke by itself."""
+        self.wait = wait
+        """Seconds after which the provider says it may be tried again."""
 
 
 class UnreadableCompletion(QStashLLMError, ValueError):

@@ -8,7 +8,8 @@ A provider is an entry of ``QSTASH_LLM["PROVIDERS"]``; a row holds only its name
 ``API_KEY``
     Goes to this provider's own host and nowhere else.
 ``BASE_URL``
-    A base URL with or without ``/v1``, or the full URL of the endpoint.
+    A base URL with or without ``/v1``, or the full URL of the endpoint. Of ``upstash``: the
+    OpenAI-compatible server that answers the Chat API for the hosted models.
 ``ORGANIZATION``
     OpenAI's organization id.
 ``MODELS``
@@ -32,6 +33,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from . import anthropic
 from .conf import app_settings, is_http_url
 from .exceptions import ConfigurationError, InvalidRequest
 from .qstash import FlowControl, InvalidOption
@@ -53,6 +55,10 @@ OPTIONS = (
 ANTHROPIC_VERSION = "2023-06-01"
 HELICONE_URL = "https://gateway.helicone.ai"
 HELICONE_UPSTASH_URL = "https://qstash.helicone.ai/llm/v1/chat/completions"
+
+
+Route = tuple[str, dict[str, str]]
+"""A URL, and the headers that go there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +105,22 @@ class Provider:
     """Of ``Pace``, what the settings say for each model that is in no group."""
     groups: tuple[Pace, ...] = ()
 
+    upstream: Route | None = field(default=None, repr=False)
+    """Where the Chat API goes instead, and with which headers: only QStash knows ``api/llm``."""
+
+
+    @property
+    def route(self) -> Route:
+        """URL and headers for a call without QStash. Raises ``ConfigurationError`` where there is
+        no such way."""
+        if self.upstream is None and self.kind == "upstash":
+            raise ConfigurationError(
+                f"QSTASH_LLM['PROVIDERS'][{self.name!r}]['BASE_URL'] is not set: the hosted models "
+                "are reached through QStash only. Give the URL of an OpenAI-compatible server that "
+                "answers the Chat API for them, and its API_KEY, or ask another provider."
+            )
+        return self.upstream or (self.destination, dict(self.headers))
+
     def pace(self, model: str) -> Pace:
         """What the settings say of ``model``."""
         of_group = next((pace for pace in self.groups if model in pace.models), None)
@@ -120,7 +142,7 @@ class Provider:
     ) -> bytes:
         """The JSON this provider is sent. ``parameters`` pass through under their own names."""
         if self.kind == "anthropic":
-            fields = _anthropic_body(model, messages, parameters, self.max_tokens)
+            fields = anthropic.request_body(model, messages, parameters, max_tokens=self.max_tokens)
         else:
             fields = {"model": model, "messages": messages, **parameters}
         return JSONText.dump(fields)
@@ -189,6 +211,7 @@ def build_provider(name: str, options: Mapping[str, Any]) -> Provider:
         models=tuple(models),
         max_tokens=max_tokens,
         **_flow_control(name, options.get("FLOW_CONTROL", {}), f"{setting}['FLOW_CONTROL']"),
+        upstream=_custom(key, base_url, options) if kind == "upstash" and base_url else None,
     )
 
 
@@ -247,9 +270,6 @@ def _flow_control_key(provider: str, name: str) -> str:
     return f"{plain}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
-Route = tuple[str, dict[str, str]]
-
-
 def _openai(key: str, base_url: str, options: Mapping[str, Any]) -> Route:
     headers = {"Authorization": f"Bearer {key}"}
     if options.get("ORGANIZATION"):
@@ -304,23 +324,3 @@ def _through_helicone(destination: str, headers: Mapping[str, str], key: str) ->
     through["Helicone-Target-Url"] = f"{parts.scheme}://{parts.netloc}"
     query = f"?{parts.query}" if parts.query else ""
     return f"{HELICONE_URL}{parts.path}{query}", through
-
-
-def _anthropic_body(
-    model: str, messages: list[dict[str, Any]], parameters: Mapping[str, Any], max_tokens: int
-) -> dict[str, Any]:
-    """Anthropic's Messages shape: the system prompt stands apart, and ``max_tokens`` is a must."""
-    fields: dict[str, Any] = {"model": model, "max_tokens": max_tokens}
-    system = [m["content"] for m in messages if m["role"] in {"system", "developer"}]
-    if system:
-        all_text = all(isinstance(content, str) for content in system)
-        fields["system"] = "\n\n".join(system) if all_text else _text_blocks(system)
-    fields["messages"] = [m for m in messages if m["role"] not in {"system", "developer"}]
-    return fields | dict(parameters)
-
-
-def _text_blocks(contents: list[Any]) -> list[Any]:
-    blocks: list[Any] = []
-    for content in contents:
-        blocks += [{"type": "text", "text": content}] if isinstance(content, str) else content
-    return blocks

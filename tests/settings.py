@@ -111,6 +111,7 @@ QSTASH_LLM = {
         "anthropic": {"API_KEY": "ant-canary-0123456789", "BASE_URL": "https://anthropic.test"},
     },
     "TRANSPORT": "tests.wire.wire",
+    "CHAT_TRANSPORT": "tests.wire.wire",
 }
 QSTASH_SERVER = {
     "TOKEN": QSTASH_TOKEN,

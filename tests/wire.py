@@ -17,7 +17,7 @@ from django.core.wsgi import get_wsgi_application
 Handler = Callable[[httpx.Request], httpx.Response]
 
 
-class Wire(httpx.BaseTransport):
+class Wire(httpx.BaseTransport, httpx.AsyncBaseTransport):
     def __init__(self) -> None:
         self.hosts: dict[str, Handler] = {}
         self.requests: list[httpx.Request] = []
@@ -36,6 +36,9 @@ class Wire(httpx.BaseTransport):
         if request.url.host == "testserver":
             return self.site.handle_request(request)
         raise httpx.ConnectError("nobody answers for this host", request=request)
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        return self.handle_request(request)
 
     @property
     def site(self) -> httpx.WSGITransport:

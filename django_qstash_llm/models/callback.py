@@ -36,7 +36,7 @@ from .request import MOST_RETRIES, Changes, LLMRequest, State
 logger = logging.getLogger(__name__)
 
 # What a response header may carry that is nobody's business.
-_DROPPED_HEADERS = {"set-cookie", "authorization", "proxy-authorization", "x-api-key", "cookie"}
+DROPPED_HEADERS = {"set-cookie", "authorization", "proxy-authorization", "x-api-key", "cookie"}
 
 # SQLite's driver and Django's fields refuse some of it before any database sees it.
 UNSTORABLE = (DataError, IntegrityError, OverflowError, UnicodeError)
@@ -422,7 +422,7 @@ class CallbackResponse(Attempt):
             raise IllegalState("It is no answer to this request.")
         completion = None
         try:
-            completion = _read(self._kept_callback().body)
+            completion = read_body(self._kept_callback().body)
             usage = completion.usage
         except UnreadableCompletion as error:
             if llm_request.state == State.COMPLETED or not error.usage:
@@ -509,7 +509,7 @@ class CallbackResponse(Attempt):
         if llm_request.state == State.COMPLETED:
             self._note_at_first(_ANOTHER_ANSWER)
         try:
-            completion = _read(callback.body)
+            completion = read_body(callback.body)
         except UnreadableCompletion as error:
             self._note(str(error))
             self._read_trouble(llm_request, callback)
@@ -519,17 +519,17 @@ class CallbackResponse(Attempt):
                 changes |= llm_request.after_spending(
                     error.usage, self._cost(llm_request, error.usage)
                 )
-            return _without_secrets(changes)
+            return without_secrets(changes)
         cost = self._cost(llm_request, completion.usage, completion.model, completion.service_tier)
         completed = llm_request.after_completion(completion, cost, now=self.received_at)
         if not completed:
             # Cancelled in the meantime: nobody reads the answer, and it has to be paid for.
-            return _without_secrets(llm_request.after_spending(completion.usage, cost))
+            return without_secrets(llm_request.after_spending(completion.usage, cost))
         if llm_request.state == State.FAILED:
             self._note_at_first(_ANSWER_AFTER_A_FAILURE)
         # Whatever else was told, of whichever message: this is the attempt that answered.
         attempt = {"attempts": self.attempt, "last_status": self.status}
-        return _without_secrets(completed) | attempt
+        return without_secrets(completed) | attempt
 
     def _cost(
         self, llm_request: LLMRequest, usage: Usage, answered_by: str = "", tier: str = ""
@@ -610,7 +610,7 @@ def _kept_fields(callback: Callback) -> dict[str, Any]:
     header = {
         name: values
         for name, values in callback.header.items()
-        if name.lower() not in _DROPPED_HEADERS
+        if name.lower() not in DROPPED_HEADERS
     }
     if conf.may_hold_secrets(header):
         header = {
@@ -649,14 +649,14 @@ def plain(content: bytes) -> bytes:
     return app_settings().without_secrets(_unpacked(content).decode("latin-1")).encode("latin-1")
 
 
-def _read(body: bytes) -> Completion:
+def read_body(body: bytes) -> Completion:
     """Raises ``UnreadableCompletion``, which quotes no key of ours, nor a piece of one."""
     with suppress(UnreadableCompletion):
         return read_completion(body)
     return read_completion(plain(body))
 
 
-def _without_secrets(changes: Changes) -> Changes:
+def without_secrets(changes: Changes) -> Changes:
     conf = app_settings()
     if not conf.may_hold_secrets(changes):
         return changes

@@ -6,7 +6,7 @@ import difflib
 import json
 import math
 import uuid as uuids
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -16,7 +16,7 @@ from asgiref.sync import sync_to_async
 from django.conf import settings
 from django.contrib.contenttypes.fields import GenericForeignKey
 from django.contrib.contenttypes.models import ContentType
-from django.db import models, transaction
+from django.db import models, router, transaction
 from django.db.models import Q
 from django.utils import timezone
 from django.utils.functional import Promise
@@ -45,6 +45,7 @@ from .doorbell import Bell, ring_on_commit
 from .forgetting import changes_at_end
 
 if TYPE_CHECKING:
+    from ..chat import AsyncStream, Stream
     from ..pricing import Cost
     from .callback import CallbackResponse
 
@@ -58,6 +59,8 @@ COST_STEP = Decimal("1e-12")
 RESERVED_LABEL = "llm-request-"
 """Labels that begin so are ours: by them a request is found again in QStash's logs."""
 MOST_MESSAGES = 10_000
+ABANDONED_AFTER = 60
+"""Seconds after its last moment that a chat is taken for one whose process has died over it."""
 CLAIM_SECONDS = 120
 """How long a claim of the outbox holds, and so how long a killed worker's rows wait for another."""
 
@@ -82,6 +85,7 @@ class Via(models.TextChoices):
     PUBLISH = "publish", _("publish")
     ENQUEUE = "enqueue", _("enqueue")
     BATCH = "batch", _("batch")
+    CHAT = "chat", _("chat")
 
 
 _IS_UNPRICED = Q(Q(state=State.COMPLETED) | Q(input_tokens__isnull=False), cost=None)
@@ -178,6 +182,60 @@ class LLMRequestQuerySet(models.QuerySet["LLMRequest"]):
     ) -> LLMRequest:
         """``enqueue`` for async code."""
         return await sync_to_async(self.enqueue)(messages, queue=queue, **asked)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], **asked: Any) -> LLMRequest:
+        """Ask a model and wait for its answer, without QStash; the completed request.
+
+        The row is written before the provider is called, once. ``asked`` as for ``publish``, without
+        what QStash does; ``timeout`` is for the whole answer, ``CHAT_TIMEOUT`` by default.
+
+        Raises ``InvalidRequest`` that names the argument, ``ConfigurationError``, and ``ChatFailed``
+        when no whole answer came, which the row then says as well.
+        """
+        # A stair that goes up: who is asked knows rows, and rows how to ask.
+        from .. import chat
+
+        return chat.complete(self.for_chat(messages, asked)).llm_request
+
+    def stream(self, messages: Sequence[Mapping[str, Any]], **asked: Any) -> Stream:
+        """The same as the answer comes: an iterator of ``streams.Chunk``, with ``llm_request``.
+
+        Close it, or use it in a ``with``: who leaves early is not charged for the rest. Raises the
+        same as ``chat``, also while it is iterated.
+        """
+        from .. import chat  # a stair that goes up, as above
+
+        return chat.open_stream(self.for_chat(messages, asked))
+
+    async def achat(self, messages: Sequence[Mapping[str, Any]], **asked: Any) -> LLMRequest:
+        """``chat`` for async code."""
+        from .. import chat  # a stair that goes up, as above
+
+        return (await chat.acomplete(self.for_chat(messages, asked))).llm_request
+
+    async def astream(self, messages: Sequence[Mapping[str, Any]], **asked: Any) -> AsyncStream:
+        """``stream`` for async code: ``async for chunk in await ….astream(…)``."""
+        from .. import chat  # a stair that goes up, as above
+
+        return await chat.aopen_stream(self.for_chat(messages, asked))
+
+    def for_chat(
+        self, messages: Sequence[Mapping[str, Any]], asked: Mapping[str, Any]
+    ) -> LLMRequest:
+        """An unsaved request from the arguments of ``chat``. Raises ``InvalidRequest``."""
+        self._for_write = True
+        refuse_via(asked)
+        for name in _NOT_FOR_CHAT:
+            if asked.get(name) is not None:
+                raise InvalidRequest(
+                    name, "the Chat API calls the provider at once, without QStash; use publish"
+                )
+        if "stream" in asked:
+            raise InvalidRequest("stream", "said by the method: chat or stream")
+        llm_request = self.model.compose(via=Via.CHAT, messages=messages, **asked)
+        _check_names(llm_request.parameters)
+        llm_request._state.db = self.db
+        return llm_request
 
     def _ask(self, via: Via, messages: Any, asked: Mapping[str, Any]) -> LLMRequest:
         app_settings().check_ready()
@@ -503,10 +561,17 @@ class LLMRequest(OverTheWire, models.Model):
         conf = app_settings()
         self.provider = self.provider or conf.default_provider
         self.model = self.model or conf.default_model
-        self.retries = conf.retries if self.retries is None else self.retries
-        self.timeout = conf.timeout if self.timeout is None else self.timeout
+        if self.via == Via.CHAT:
+            self.retries = 0
+        else:
+            self.retries = conf.retries if self.retries is None else self.retries
+            self.timeout = conf.timeout if self.timeout is None else self.timeout
         _check_messages(self.messages)
         _check_parameters(self.parameters)
+        if self.via != Via.CHAT:
+            # Of a chat it is done where arguments are told from parameters: an OpenAI client's
+            # parameters, which come in a dictionary of their own, may have these names.
+            _check_names(self.parameters)
         self.messages = clean_json(self.messages)
         self.parameters = clean_json(self.parameters)
         self._check_belongings()
@@ -517,12 +582,13 @@ class LLMRequest(OverTheWire, models.Model):
         if not isinstance(self.model, str) or clean_text(self.model, limit=255) != self.model:
             raise InvalidRequest("model", f"{str(self.model)[:80]!r} is not a model's name")
         provider.check_model(self.model)
-        self._check_size(conf.max_body_bytes)
+        if self.via != Via.CHAT:
+            self._check_size(conf.max_body_bytes)
 
     def _check_delivery(self) -> None:
         if self.via == Via.ENQUEUE and not self.queue:
             raise InvalidRequest("queue", "enqueue needs the name of a queue")
-        if self.queue and self.via == Via.PUBLISH:
+        if self.queue and self.via in (Via.PUBLISH, Via.CHAT):
             raise InvalidRequest("queue", "publish takes no queue; use enqueue(queue=…)")
         if self.queue and self.not_before:
             raise InvalidRequest("delay", "QStash delays no enqueued message; publish it instead")
@@ -598,6 +664,33 @@ class LLMRequest(OverTheWire, models.Model):
                 "Shorten it, or raise the setting if your plan allows more.",
             )
 
+    # --- asking at once ---
+
+    def begin(self, *, now: datetime, seconds: float) -> None:
+        """Write this prepared request down, before its provider is called for ``seconds`` at most.
+
+        From its deadline on the sweep takes it for abandoned: who called has died over it.
+        """
+        self.state, self.submitted_at, self.attempts = State.SUBMITTED, now, 1
+        self.deadline_at = now + timedelta(seconds=seconds + ABANDONED_AFTER)
+        using = self._state.db or router.db_for_write(type(self))
+        inbox.insert(self, using=using)
+
+    def end(self, decide: Callable[[LLMRequest], Changes]) -> None:
+        """Write what ``decide`` makes of this row, which who began it has known since: where it is
+        not as it was, cancelled say, decided anew over what it is."""
+        changes = decide(self)
+        if self._change([State.SUBMITTED], **self.needed(changes)):
+            self.become(changes)
+            return
+        rows = type(self).objects.using(self._state.db)
+        with transaction.atomic(using=self._state.db):
+            row = rows.lock(self.uuid)
+            if row is not None and (changes := decide(row)):
+                row.write(changes)
+        if row is not None:
+            self.refresh_from_db()
+
     # --- what goes over the wire ---
 
     def body(self) -> bytes:
@@ -667,6 +760,22 @@ class LLMRequest(OverTheWire, models.Model):
             "error_code": app_settings().without_secrets(clean_text(code), limit=64),
             "error": app_settings().without_secrets(clean_text(error), limit=10_000),
         }
+
+    def after_breaking_off(
+        self,
+        state: State,
+        code: str,
+        error: str,
+        completion: Completion,
+        cost: Cost | None,
+        *,
+        now: datetime,
+    ) -> Changes:
+        """No whole answer came, and why: what came is kept, and what it cost."""
+        if self.state not in UNFINISHED:
+            return self.after_spending(completion.usage, cost)
+        kept = {**_answer(completion), **_spending(completion.usage, cost)}
+        return self.after_failure(code, error, now=now) | kept | {"state": state}
 
     def _finished(self, now: datetime) -> Changes:
         return {"finished_at": now, "deadline_at": None, **changes_at_end(self, now)}
@@ -900,11 +1009,16 @@ class LLMRequest(OverTheWire, models.Model):
 
     def _copy(self) -> LLMRequest:
         copied = {f.attname: getattr(self, f.attname) for f in _askable_fields(type(self))}
+        via, parameters = self.via, dict(self.parameters)
+        if via == Via.CHAT:
+            # Who waited for it is gone: what is asked again is asked durably.
+            via, copied["retries"] = Via.PUBLISH, None
+            parameters.pop("stream_options", None)
         return type(self)(
             **{**copied, "not_before": None},
-            parameters=self.parameters,
+            parameters=parameters,
             messages=self.messages,
-            via=self.via,
+            via=via,
             flow_control=self.flow_control,
             content_type_id=self.content_type_id,
             object_id=self.object_id,
@@ -1034,6 +1148,16 @@ _ASKABLE = (
     "timeout",
     "redact",
 )
+_NOT_FOR_CHAT = (
+    "batch",
+    "queue",
+    "delay",
+    "not_before",
+    "retries",
+    "retry_delay",
+    "flow_control",
+    "redact",
+)
 # Parameters of some provider that only look like an argument of ours.
 _NOT_OURS = {"models", "label"}
 # Words that mean something to us elsewhere; passed through they would be silently ignored.
@@ -1071,7 +1195,9 @@ def _aware(moment: datetime) -> datetime:
 
 def refuse_via(asked: Mapping[str, Any]) -> None:
     if "via" in asked:
-        raise InvalidRequest("via", "said by the method: publish, enqueue or Batch.objects.submit")
+        raise InvalidRequest(
+            "via", "said by the method: publish, enqueue, chat, stream or Batch.objects.submit"
+        )
 
 
 def check_saved(name: str, value: Any, cls: type[models.Model]) -> None:
@@ -1142,10 +1268,15 @@ def _check_parameters(parameters: Any) -> None:
         raise InvalidRequest(
             "stream",
             "a durable request cannot stream: QStash delivers whole answers. "
-            "Use the Chat API for streamed completions.",
+            "Use the Chat API for streamed completions: LLMRequest.objects.stream(…).",
         )
     for name, value in parameters.items():
         _check_json(name, value, depth=1)
+
+
+def _check_names(parameters: Mapping[str, Any]) -> None:
+    """Refuse what was hardly meant as a parameter of the completion."""
+    for name in parameters:
         if name not in _NOT_OURS and (close := difflib.get_close_matches(name, _ASKABLE, 1, 0.8)):
             raise InvalidRequest(name, f"did you mean {close[0]!r}?")
     for name, remedy in _MISPLACED.items():

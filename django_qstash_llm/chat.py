@@ -1,0 +1,723 @@
+"""The Chat API: completions straight from the provider, whole or streamed, recorded like all others.
+
+The row is written before the call is made, and one row is one call: nothing is repeated here. No
+transaction is open while the provider thinks, unless the caller has opened one.
+
+``LLMRequest.objects.chat`` and ``.stream`` are the way in for people; ``complete`` and ``open_stream``
+are the same for who passes answers on, as an endpoint does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import ssl
+import time
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Generator,
+    Iterator,
+    Mapping,
+)
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import Any, ParamSpec, Self, TypeVar, cast
+from weakref import WeakKeyDictionary
+
+import httpx
+from asgiref.sync import sync_to_async
+from django.core.signals import setting_changed
+from django.db import InterfaceError, OperationalError, connections
+from django.dispatch import receiver
+from django.utils import timezone
+
+from . import anthropic, limits
+from .completions import LARGEST_ANSWER, Completion, Usage, read_error
+from .conf import app_settings, named
+from .exceptions import ChatFailed, ConfigurationError, InvalidRequest, UnreadableCompletion
+from .models import LLMRequest
+from .models.callback import DROPPED_HEADERS, plain, read_body, without_secrets
+from .models.request import Changes, State, Via
+from .pricing import Cost, cost_of
+from .providers import Provider, get_provider
+from .qstash.message import JSONText
+from .streams import Chunk, StreamBroken, StreamReader
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+KEPT_FOR = 30.0
+"""Seconds that an unused connection is kept."""
+LAST_WORDS = 1.0
+"""Seconds that the end of a response may take once its stream has said ``[DONE]``; a connection is
+kept only if it was read to its end."""
+_NOT_TOLD = {
+    *DROPPED_HEADERS,
+    "connection",
+    "content-encoding",
+    "content-length",
+    "keep-alive",
+    "transfer-encoding",
+}
+"""Response headers that are nobody's business, or were about the transfer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A whole completion as it is passed on."""
+
+    status: int
+    headers: Mapping[str, str]
+    """The provider's, names in lower case, without cookies and what was about the transfer."""
+    body: bytes
+    """JSON of a ``chat.completion``, as it came or translated."""
+    llm_request: LLMRequest
+
+
+# --- one call --------------------------------------------------------------------------------
+
+
+class Call:
+    """A request on its way to its provider, and what is written down of how it ends."""
+
+    def __init__(
+        self,
+        llm_request: LLMRequest,
+        *,
+        is_streamed: bool,
+        transport_of: Callable[[Provider], Any],
+    ) -> None:
+        """Write the row. Raises ``InvalidRequest`` or ``ConfigurationError``, and then there is none."""
+        conf = app_settings()
+        conf.check_types()
+        conf.check_storing()
+        if llm_request.via != Via.CHAT or not llm_request._state.adding:
+            raise InvalidRequest("llm_request", "give an unsaved one with via='chat'")
+        llm_request.prepare()
+        self.llm_request = llm_request
+        self.provider = get_provider(llm_request.provider)
+        self.is_streamed = is_streamed
+        self.transport = transport_of(self.provider)
+        self.url, headers = self.provider.route
+        self.headers = {
+            **headers,
+            "Content-Type": "application/json",
+            "Accept": "text/event-stream" if is_streamed else "application/json",
+            "Accept-Encoding": "identity",
+            "User-Agent": "django-qstash-llm",
+        }
+        try:
+            self.body = self.provider.body(
+                llm_request.model, llm_request.messages, self._parameters()
+            )
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest("messages", f"cannot be written as JSON: {error}") from error
+        self.seconds = float(llm_request.timeout or conf.chat_timeout)
+        read = min(conf.chat_read_timeout, self.seconds) if is_streamed else self.seconds
+        connect = min(conf.chat_connect_timeout, self.seconds)
+        self.timeouts = {"connect": connect, "read": read, "write": read, "pool": connect}
+        self.status: int | None = None
+        self.told: Mapping[str, str] = {}
+        llm_request.begin(now=timezone.now(), seconds=self.seconds)
+        self.deadline = time.monotonic() + self.seconds
+
+    def _parameters(self) -> dict[str, Any]:
+        parameters: dict[str, Any] = self.llm_request.parameters
+        if not self.is_streamed:
+            return parameters
+        options = parameters.get("stream_options")
+        options = options if isinstance(options, dict) else {}
+        return {**parameters, "stream": True, "stream_options": {**options, "include_usage": True}}
+
+    @property
+    def is_usage_asked(self) -> bool:
+        """By the caller."""
+        options = self.llm_request.parameters.get("stream_options")
+        return isinstance(options, dict) and bool(options.get("include_usage"))
+
+    @property
+    def using(self) -> str:
+        return self.llm_request._state.db or "default"
+
+    @property
+    def request(self) -> httpx.Request:
+        return httpx.Request(
+            "POST",
+            _url(self.url),
+            headers=self.headers,
+            content=self.body,
+            extensions={"timeout": self.timeouts},
+        )
+
+    def reader(self) -> StreamReader:
+        return StreamReader(
+            is_anthropic=self.provider.kind == "anthropic",
+            asked_bytes=len(JSONText.dump(self.llm_request.messages)),
+            is_usage_asked=self.is_usage_asked,
+            created=int(time.time()),
+        )
+
+    def check(self, *, size: int = 0) -> None:
+        """httpx bounds each wait; this bounds them all together, and what has come."""
+        if size > LARGEST_ANSWER:
+            raise StreamBroken("too_large", f"the answer is over {LARGEST_ANSWER} bytes")
+        if time.monotonic() > self.deadline:
+            raise httpx.ReadTimeout(f"no whole answer within {self.seconds:g} s")
+
+    def answered(self, response: httpx.Response) -> None:
+        conf = app_settings()
+        self.status = response.status_code
+        self.told = {
+            name.lower(): conf.without_secrets(value)
+            for name, value in response.headers.items()
+            if name.lower() not in _NOT_TOLD
+        }
+
+    # --- how it ends ---
+
+    def complete(self, body: bytes) -> Answer:
+        """The whole answer is there. Raises ``ChatFailed`` where it is none."""
+        if not self.is_success:
+            raise self.refused(body)
+        assert self.status is not None
+        try:
+            completion = read_body(body)
+        except UnreadableCompletion as error:
+            raise self._unreadable(error, body) from error
+        self._completed(completion, self._cost(completion))
+        body = plain(body)
+        if self.provider.kind == "anthropic":
+            translated = anthropic.completion(json.loads(body), created=int(time.time()))
+            body = json.dumps(translated, ensure_ascii=False).encode("utf-8", "replace")
+        return Answer(
+            status=self.status, headers=self.told, body=body, llm_request=self.llm_request
+        )
+
+    def complete_stream(self, reader: StreamReader) -> None:
+        completion = reader.completion
+        self._completed(completion, self._cost(completion, is_estimated=reader.is_estimated))
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether what comes is to be read as a stream. Some name no type, or a wrong one."""
+        is_json = "json" in self.told.get("content-type", "").lower()
+        return self.is_success and not is_json
+
+    @property
+    def is_success(self) -> bool:
+        return self.status is not None and 200 <= self.status < 300
+
+    def refused(self, body: bytes) -> ChatFailed:
+        """The provider answered with another status than 2xx, or with no stream."""
+        if self.is_success:
+            return self._not_streamed(body)
+        code, message = read_error(plain(body))
+        return self.failed(
+            code or f"http_{self.status}",
+            message or f"the provider answered {self.status}",
+            Completion(text=""),
+            body,
+        )
+
+    def _not_streamed(self, body: bytes) -> ChatFailed:
+        try:
+            completion = read_body(body)
+        except UnreadableCompletion as error:
+            return self._unreadable(error, body)
+        problem = "the provider answered as a whole, though a stream was asked for"
+        return self.failed("not_a_stream", problem, completion, body)
+
+    def _unreadable(self, error: UnreadableCompletion, body: bytes) -> ChatFailed:
+        completion = Completion(text="", usage=error.usage or Usage())
+        return self.failed(error.code, str(error), completion, body)
+
+    def broken(self, error: StreamBroken, reader: StreamReader | None = None) -> ChatFailed:
+        completion = reader.completion if reader else Completion(text="")
+        return self.failed(error.code, str(error), completion, error.body, reader=reader)
+
+    def lost(self, error: httpx.HTTPError, reader: StreamReader | None = None) -> ChatFailed:
+        """No answer, or no more of it."""
+        completion = reader.completion if reader else Completion(text="")
+        if isinstance(error, httpx.TimeoutException):
+            is_over = time.monotonic() >= self.deadline
+            code = "timeout" if is_over or reader is None else "stalled"
+            seconds = self.seconds if is_over else self.timeouts["read"]
+            problem = f"the provider did not go on within {seconds:g} s"
+            if isinstance(error, httpx.ConnectTimeout | httpx.PoolTimeout):
+                problem = f"no connection to the provider within {self.timeouts['connect']:g} s"
+        elif reader is not None:
+            code, problem = "cut", "the connection broke before the stream was whole"
+        else:
+            code, problem = "no_response", "the provider did not answer"
+        # Its class alone: its text may hold a URL with its query.
+        problem = f"{problem} ({type(error).__name__})"
+        return self.failed(code, problem, completion, reader=reader)
+
+    def failed(
+        self,
+        code: str,
+        problem: str,
+        completion: Completion,
+        body: bytes = b"",
+        *,
+        reader: StreamReader | None = None,
+    ) -> ChatFailed:
+        """Written down; what to raise."""
+        self._broken_off(State.FAILED, code, problem, completion, reader)
+        body = plain(body)
+        status = -1 if self.status is None else self.status
+        reading = limits.read(status, self.told, body, now=time.time())
+        return ChatFailed(
+            app_settings().without_secrets(code, limit=64),
+            app_settings().without_secrets(problem),
+            llm_request=self.llm_request,
+            status=self.status,
+            headers=self.told,
+            body=body,
+            trouble=str(reading.trouble or ""),
+            wait=reading.wait,
+        )
+
+    def abort(self, reader: StreamReader | None = None) -> None:
+        """Who asked has left: that is a wish and no failure, so the request is cancelled."""
+        if reader is not None and reader.is_complete:
+            self.complete_stream(reader)
+            return
+        completion = reader.completion if reader else Completion(text="")
+        problem = "who asked has left before the answer was whole"
+        self._broken_off(State.CANCELLED, "aborted", problem, completion, reader)
+
+    def _completed(self, completion: Completion, cost: Cost | None) -> None:
+        now = timezone.now()
+
+        def decide(row: LLMRequest) -> Changes:
+            changes = row.after_completion(completion, cost, now=now)
+            # Cancelled in the meantime: it has to be paid for all the same.
+            changes = changes or row.after_spending(completion.usage, cost)
+            return without_secrets(changes) | {"last_status": self.status}
+
+        self._end(decide)
+
+    def _broken_off(
+        self,
+        state: State,
+        code: str,
+        problem: str,
+        completion: Completion,
+        reader: StreamReader | None,
+    ) -> None:
+        now = timezone.now()
+        cost = self._cost(completion, is_estimated=bool(reader and reader.is_estimated))
+        status = -1 if self.status is None else self.status
+
+        def decide(row: LLMRequest) -> Changes:
+            changes = row.after_breaking_off(state, code, problem, completion, cost, now=now)
+            return without_secrets(changes) | {"last_status": status}
+
+        self._end(decide)
+
+    def _end(self, decide: Callable[[LLMRequest], Changes]) -> None:
+        """Write it down; once more where the connection has gone stale while nobody used it."""
+        connection = connections[self.using]
+        connection.close_if_unusable_or_obsolete()
+        try:
+            self.llm_request.end(decide)
+        except (InterfaceError, OperationalError):
+            if connection.in_atomic_block or connection.is_usable():
+                raise
+            connection.close()
+            self.llm_request.end(decide)
+
+    def let_go(self, *, always: bool = False) -> None:
+        """Hold no connection to the database while waiting: none of a pool's, which others wait for,
+        and ``always`` none where each request has a thread of its own, as under ASGI."""
+        connection = connections[self.using]
+        is_pooled = bool(connection.settings_dict["OPTIONS"].get("pool"))
+        if (always or is_pooled) and not connection.in_atomic_block:
+            connection.close()
+
+    def _cost(self, completion: Completion, *, is_estimated: bool = False) -> Cost | None:
+        cost = cost_of(
+            self.llm_request.provider,
+            self.llm_request.model,
+            completion.usage,
+            at=timezone.now(),
+            answered_by=completion.model,
+            service_tier=completion.service_tier,
+        )
+        return Cost(cost.amount, "estimated") if cost and is_estimated else cost
+
+
+# --- blocking --------------------------------------------------------------------------------
+
+
+def complete(llm_request: LLMRequest) -> Answer:
+    """Ask what an unsaved request with ``via="chat"`` asks, and wait for all of the answer.
+
+    Raises ``InvalidRequest`` and ``ConfigurationError``, and then nothing is written; ``ChatFailed``.
+    """
+    call = Call(llm_request, is_streamed=False, transport_of=_transport)
+    call.let_go()
+    try:
+        response = call.transport.handle_request(call.request)
+        try:
+            call.answered(response)
+            body = _whole(call, response)
+        finally:
+            response.close()
+    except httpx.HTTPError as error:
+        raise call.lost(error) from error
+    except StreamBroken as error:
+        raise call.broken(error) from error
+    except BaseException:
+        call.abort()
+        raise
+    return call.complete(body)
+
+
+def open_stream(llm_request: LLMRequest) -> Stream:
+    """The same, as the answer comes. Raises the same where the provider refuses at once."""
+    call = Call(llm_request, is_streamed=True, transport_of=_transport)
+    call.let_go()
+    try:
+        response = call.transport.handle_request(call.request)
+        call.answered(response)
+        if call.is_stream:
+            return Stream(call, response)
+        try:
+            body = _whole(call, response)
+        finally:
+            response.close()
+    except httpx.HTTPError as error:
+        raise call.lost(error) from error
+    except StreamBroken as error:
+        raise call.broken(error) from error
+    except BaseException:
+        call.abort()
+        raise
+    raise call.refused(body)
+
+
+class Stream:
+    """An answer as it comes: an iterator of ``Chunk``.
+
+    When it is exhausted the row is completed. What breaks it raises ``ChatFailed``, and who leaves
+    early, by ``close`` or by letting go of it, has the provider stop.
+    """
+
+    def __init__(self, call: Call, response: httpx.Response) -> None:
+        assert call.status is not None
+        self.llm_request = call.llm_request
+        self.status = call.status
+        self.headers = call.told
+        # It knows nothing of this object: letting go of this one lets go of it, which closes it.
+        self._chunks = _read(call, response)
+        next(self._chunks)  # begun: what has not begun does not hear that it is closed
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Chunk:
+        return cast(Chunk, next(self._chunks))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave. The provider's connection is closed where more was to come."""
+        self._chunks.close()
+
+
+def _read(call: Call, response: httpx.Response) -> Generator[Chunk | None, None, None]:
+    """None, and then every chunk."""
+    reader, pieces = call.reader(), _pieces(response)
+    try:
+        try:
+            yield None
+            for received in pieces:
+                for chunk in reader.feed(received):
+                    yield _without_keys(chunk)
+                if reader.is_done:
+                    break
+                call.check()
+            for chunk in reader.end():
+                yield _without_keys(chunk)
+        except httpx.HTTPError as error:
+            if not reader.is_complete:
+                response.close()
+                raise call.lost(error, reader) from error
+        except StreamBroken as error:
+            response.close()
+            raise call.broken(error, reader) from error
+        except BaseException:
+            response.close()
+            call.abort(reader)
+            raise
+        call.complete_stream(reader)
+        with suppress(httpx.HTTPError):
+            next(pieces, None)  # its end: what is not read to it is not used again
+    finally:
+        response.close()
+
+
+def _pieces(response: httpx.Response) -> Iterator[bytes]:
+    # We ask for no compression. For a proxy that compresses all the same there is the slow way.
+    if "Content-Encoding" in response.headers:
+        return response.iter_bytes()
+    return iter(cast(httpx.SyncByteStream, response.stream))
+
+
+def _whole(call: Call, response: httpx.Response) -> bytes:
+    body = bytearray()
+    for received in _pieces(response):
+        body += received
+        call.check(size=len(body))
+    return bytes(body)
+
+
+# --- awaitable -------------------------------------------------------------------------------
+
+
+async def acomplete(llm_request: LLMRequest) -> Answer:
+    """``complete`` for async code."""
+    call = await _begin(llm_request, is_streamed=False)
+    try:
+        response = await _head(call)
+        try:
+            call.answered(response)
+            body = await _awhole(call, response)
+        finally:
+            await response.aclose()
+    except httpx.HTTPError as error:
+        raise await _written(call.lost, error) from error
+    except StreamBroken as error:
+        raise await _written(call.broken, error) from error
+    except BaseException:
+        await _written(call.abort)
+        raise
+    return await _written(call.complete, body)
+
+
+async def aopen_stream(llm_request: LLMRequest) -> AsyncStream:
+    """``open_stream`` for async code."""
+    call = await _begin(llm_request, is_streamed=True)
+    try:
+        response = await _head(call)
+        call.answered(response)
+        if call.is_stream:
+            stream = AsyncStream(call, response)
+            await anext(stream._chunks)  # begun, as a ``Stream`` is
+            return stream
+        try:
+            body = await _awhole(call, response)
+        finally:
+            await response.aclose()
+    except httpx.HTTPError as error:
+        raise await _written(call.lost, error) from error
+    except StreamBroken as error:
+        raise await _written(call.broken, error) from error
+    except BaseException:
+        await _written(call.abort)
+        raise
+    raise await _written(call.refused, body)
+
+
+class AsyncStream:
+    """``Stream`` for async code. The task that reads it may be cancelled at any time."""
+
+    def __init__(self, call: Call, response: httpx.Response) -> None:
+        assert call.status is not None
+        self.llm_request = call.llm_request
+        self.status = call.status
+        self.headers = call.told
+        self._chunks = _aread(call, response)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        return cast(Chunk, await anext(self._chunks))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Leave. The provider's connection is closed where more was to come."""
+        await self._chunks.aclose()
+
+
+async def _aread(call: Call, response: httpx.Response) -> AsyncGenerator[Chunk | None, None]:
+    """None, and then every chunk."""
+    reader, pieces = call.reader(), _apieces(response)
+    try:
+        try:
+            yield None
+            async for received in pieces:
+                for chunk in reader.feed(received):
+                    yield _without_keys(chunk)
+                if reader.is_done:
+                    break
+                call.check()
+            for chunk in reader.end():
+                yield _without_keys(chunk)
+        except httpx.HTTPError as error:
+            if not reader.is_complete:
+                await response.aclose()
+                raise await _written(call.lost, error, reader) from error
+        except StreamBroken as error:
+            await response.aclose()
+            raise await _written(call.broken, error, reader) from error
+        except BaseException:
+            await response.aclose()
+            await _written(call.abort, reader)
+            raise
+        await _written(call.complete_stream, reader)
+        with suppress(httpx.HTTPError, TimeoutError):
+            async with asyncio.timeout(LAST_WORDS):
+                await anext(pieces, None)
+    finally:
+        await response.aclose()
+
+
+def _apieces(response: httpx.Response) -> AsyncIterator[bytes]:
+    if "Content-Encoding" in response.headers:
+        return response.aiter_bytes()
+    return aiter(cast(httpx.AsyncByteStream, response.stream))
+
+
+async def _awhole(call: Call, response: httpx.Response) -> bytes:
+    body = bytearray()
+    async for received in _apieces(response):
+        body += received
+        call.check(size=len(body))
+    return bytes(body)
+
+
+async def _head(call: Call) -> httpx.Response:
+    try:
+        async with asyncio.timeout(call.seconds):
+            response: httpx.Response = await call.transport.handle_async_request(call.request)
+            return response
+    except TimeoutError as error:
+        raise httpx.ReadTimeout("no answer in time") from error
+
+
+async def _begin(llm_request: LLMRequest, *, is_streamed: bool) -> Call:
+    transport_of = partial(_async_transport, asyncio.get_running_loop())
+
+    def begin() -> Call:
+        call = Call(llm_request, is_streamed=is_streamed, transport_of=transport_of)
+        call.let_go(always=True)
+        return call
+
+    begun = asyncio.ensure_future(sync_to_async(begin)())
+    try:
+        return await asyncio.shield(begun)
+    except asyncio.CancelledError:
+        call = await begun
+        await _written(call.abort)
+        raise
+
+
+async def _written(write: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Of a ``Call`` how it ended. Also where the task is cancelled once more over it."""
+    writing = asyncio.ensure_future(sync_to_async(write)(*args, **kwargs))
+    try:
+        return await asyncio.shield(writing)
+    except asyncio.CancelledError:
+        await asyncio.wait([writing])
+        raise
+
+
+# --- what both share -------------------------------------------------------------------------
+
+
+def _without_keys(chunk: Chunk) -> Chunk:
+    data = plain(chunk.data)
+    if data == chunk.data:
+        return chunk
+    return replace(chunk, data=data, text=app_settings().without_secrets(chunk.text))
+
+
+# Reading a URL takes a tenth of a call, and most calls are to the same few.
+_url = lru_cache(maxsize=64)(httpx.URL)
+
+_pools: dict[tuple[int, str], httpx.HTTPTransport] = {}
+"""By process and provider: a forked child must not share its parent's sockets."""
+_async_pools: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, httpx.AsyncHTTPTransport]]
+_async_pools = WeakKeyDictionary()
+
+
+def _transport(provider: Provider) -> httpx.BaseTransport:
+    """Transports alone, as in ``qstash.client``: nothing of redirects, cookies, proxies and .netrc
+    of the environment is to see the key."""
+    if given := _given(httpx.BaseTransport):
+        return cast(httpx.BaseTransport, given)
+    key = os.getpid(), provider.name
+    if key not in _pools:
+        # Of two threads that come here at once both get the same one.
+        _pools.setdefault(key, httpx.HTTPTransport(verify=_ssl_context(), limits=_limits()))
+    return _pools[key]
+
+
+def _async_transport(
+    loop: asyncio.AbstractEventLoop, provider: Provider
+) -> httpx.AsyncBaseTransport:
+    """The same of an event loop, which alone can use it."""
+    if given := _given(httpx.AsyncBaseTransport):
+        return cast(httpx.AsyncBaseTransport, given)
+    pools = _async_pools.setdefault(loop, {})
+    if provider.name not in pools:
+        pool = httpx.AsyncHTTPTransport(verify=_ssl_context(), limits=_limits())
+        pools.setdefault(provider.name, pool)
+    return pools[provider.name]
+
+
+def _given(kind: type) -> Any:
+    transport = named("CHAT_TRANSPORT", app_settings().chat_transport)
+    if transport is not None and not isinstance(transport, kind):
+        raise ConfigurationError(
+            f"QSTASH_LLM['CHAT_TRANSPORT'] is no httpx.{kind.__name__}, which this call needs."
+        )
+    return transport
+
+
+@lru_cache(maxsize=1)
+def _ssl_context() -> ssl.SSLContext:
+    # 40 ms, once.
+    return httpx.create_ssl_context(trust_env=False)
+
+
+def _limits() -> httpx.Limits:
+    # As many as there are calls: who waits for a model holds its connection for minutes.
+    return httpx.Limits(
+        max_connections=None, max_keepalive_connections=100, keepalive_expiry=KEPT_FOR
+    )
+
+
+def close() -> None:
+    """Close the connections that this process keeps; the next call opens new ones."""
+    for key in [key for key in _pools if key[0] == os.getpid()]:
+        _pools.pop(key).close()
+
+
+async def aclose() -> None:
+    """The same for this event loop."""
+    for pool in _async_pools.pop(asyncio.get_running_loop(), {}).values():
+        await pool.aclose()
+
+
+@receiver(setting_changed)
+def _forget(*, setting: str, **kwargs: object) -> None:
+    if setting == "QSTASH_LLM":
+        close()
