@@ -22,7 +22,7 @@ from collections.abc import (
     Iterator,
     Mapping,
 )
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, ParamSpec, Self, TypeVar, cast
@@ -49,6 +49,8 @@ from .streams import Chunk, StreamBroken, StreamReader
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Within = AbstractContextManager[object]
+_NOTHING: Within = nullcontext()
 
 KEPT_FOR = 30.0
 """Seconds that an unused connection is kept."""
@@ -90,6 +92,7 @@ class Call:
         *,
         is_streamed: bool,
         transport_of: Callable[[Provider], Any],
+        within: Within,
     ) -> None:
         """Write the row. Raises ``InvalidRequest`` or ``ConfigurationError``, and then there is none."""
         conf = app_settings()
@@ -97,10 +100,18 @@ class Call:
         conf.check_storing()
         if llm_request.via != Via.CHAT or not llm_request._state.adding:
             raise InvalidRequest("llm_request", "give an unsaved one with via='chat'")
-        llm_request.prepare()
         self.llm_request = llm_request
-        self.provider = get_provider(llm_request.provider)
         self.is_streamed = is_streamed
+        self.status: int | None = None
+        self.told: Mapping[str, str] = {}
+        with within:
+            self._begin(transport_of)
+        self.deadline = time.monotonic() + self.seconds
+
+    def _begin(self, transport_of: Callable[[Provider], Any]) -> None:
+        conf, llm_request, is_streamed = app_settings(), self.llm_request, self.is_streamed
+        llm_request.prepare()
+        self.provider = get_provider(llm_request.provider)
         self.transport = transport_of(self.provider)
         self.url, headers = self.provider.route
         self.headers = {
@@ -120,10 +131,7 @@ class Call:
         read = min(conf.chat_read_timeout, self.seconds) if is_streamed else self.seconds
         connect = min(conf.chat_connect_timeout, self.seconds)
         self.timeouts = {"connect": connect, "read": read, "write": read, "pool": connect}
-        self.status: int | None = None
-        self.told: Mapping[str, str] = {}
         llm_request.begin(now=timezone.now(), seconds=self.seconds)
-        self.deadline = time.monotonic() + self.seconds
 
     def _parameters(self) -> dict[str, Any]:
         parameters: dict[str, Any] = self.llm_request.parameters
@@ -323,7 +331,6 @@ class Call:
     def _end(self, decide: Callable[[LLMRequest], Changes]) -> None:
         """Write it down; once more where the connection has gone stale while nobody used it."""
         connection = connections[self.using]
-        connection.close_if_unusable_or_obsolete()
         try:
             self.llm_request.end(decide)
         except (InterfaceError, OperationalError):
@@ -355,12 +362,14 @@ class Call:
 # --- blocking --------------------------------------------------------------------------------
 
 
-def complete(llm_request: LLMRequest) -> Answer:
+def complete(llm_request: LLMRequest, *, within: Within = _NOTHING) -> Answer:
     """Ask what an unsaved request with ``via="chat"`` asks, and wait for all of the answer.
+
+    ``within`` is entered while the row is written, and left before the provider is called.
 
     Raises ``InvalidRequest`` and ``ConfigurationError``, and then nothing is written; ``ChatFailed``.
     """
-    call = Call(llm_request, is_streamed=False, transport_of=_transport)
+    call = Call(llm_request, is_streamed=False, transport_of=_transport, within=within)
     call.let_go()
     try:
         response = call.transport.handle_request(call.request)
@@ -379,9 +388,9 @@ def complete(llm_request: LLMRequest) -> Answer:
     return call.complete(body)
 
 
-def open_stream(llm_request: LLMRequest) -> Stream:
+def open_stream(llm_request: LLMRequest, *, within: Within = _NOTHING) -> Stream:
     """The same, as the answer comes. Raises the same where the provider refuses at once."""
-    call = Call(llm_request, is_streamed=True, transport_of=_transport)
+    call = Call(llm_request, is_streamed=True, transport_of=_transport, within=within)
     call.let_go()
     try:
         response = call.transport.handle_request(call.request)
@@ -485,9 +494,9 @@ def _whole(call: Call, response: httpx.Response) -> bytes:
 # --- awaitable -------------------------------------------------------------------------------
 
 
-async def acomplete(llm_request: LLMRequest) -> Answer:
+async def acomplete(llm_request: LLMRequest, *, within: Within = _NOTHING) -> Answer:
     """``complete`` for async code."""
-    call = await _begin(llm_request, is_streamed=False)
+    call = await _begin(llm_request, is_streamed=False, within=within)
     try:
         response = await _head(call)
         try:
@@ -505,9 +514,9 @@ async def acomplete(llm_request: LLMRequest) -> Answer:
     return await _written(call.complete, body)
 
 
-async def aopen_stream(llm_request: LLMRequest) -> AsyncStream:
+async def aopen_stream(llm_request: LLMRequest, *, within: Within = _NOTHING) -> AsyncStream:
     """``open_stream`` for async code."""
-    call = await _begin(llm_request, is_streamed=True)
+    call = await _begin(llm_request, is_streamed=True, within=within)
     try:
         response = await _head(call)
         call.answered(response)
@@ -612,11 +621,11 @@ async def _head(call: Call) -> httpx.Response:
         raise httpx.ReadTimeout("no answer in time") from error
 
 
-async def _begin(llm_request: LLMRequest, *, is_streamed: bool) -> Call:
+async def _begin(llm_request: LLMRequest, *, is_streamed: bool, within: Within) -> Call:
     transport_of = partial(_async_transport, asyncio.get_running_loop())
 
     def begin() -> Call:
-        call = Call(llm_request, is_streamed=is_streamed, transport_of=transport_of)
+        call = Call(llm_request, is_streamed=is_streamed, transport_of=transport_of, within=within)
         call.let_go(always=True)
         return call
 

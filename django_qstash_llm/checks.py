@@ -85,7 +85,20 @@ def _check_keeping(in_force: conf.AppSettings) -> list[CheckMessage]:
     except ConfigurationError as error:
         hint = "Until then nothing is published, and no answer is read."
         problems.append(Error(str(error), hint=hint, id=f"{ID}.E007"))
-    for name in ("retention_days", "orphan_retention_days", "deadline", "health_late"):
+    try:
+        in_force.check_history()
+    except ConfigurationError as error:
+        hint = "Until then no conversation goes on."
+        problems.append(Error(str(error), hint=hint, id=f"{ID}.E007"))
+    for name in (
+        "retention_days",
+        "orphan_retention_days",
+        "deadline",
+        "health_late",
+        "chat_timeout",
+        "chat_connect_timeout",
+        "chat_read_timeout",
+    ):
         days = getattr(in_force, name)
         if days is not None and days <= 0:
             problem = f"QSTASH_LLM[{name.upper()!r}] is {days}."

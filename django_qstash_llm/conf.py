@@ -283,6 +283,18 @@ class AppSettings:
                 "'rate' and 'daily' out of PAUSE_ON."
             )
 
+    def check_history(self) -> None:
+        """Raise ``ConfigurationError`` unless it is clear what a conversation repeats."""
+        is_clear = isinstance(self.history, Mapping) and len(self.history) <= 1
+        for unit, most in self.history.items() if is_clear else ():
+            is_whole = isinstance(most, int) and not isinstance(most, bool) and most >= 0
+            is_clear = unit in ("MESSAGES", "TOKENS") and is_whole
+        if not is_clear:
+            raise ConfigurationError(
+                f"QSTASH_LLM['HISTORY'] is {self.history!r}; give {{}}, {{'MESSAGES': n}} or "
+                "{'TOKENS': n}."
+            )
+
 
 # The annotations of our settings -> what may be given, and how it is called.
 _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {

@@ -108,7 +108,6 @@ class Provider:
     upstream: Route | None = field(default=None, repr=False)
     """Where the Chat API goes instead, and with which headers: only QStash knows ``api/llm``."""
 
-
     @property
     def route(self) -> Route:
         """URL and headers for a call without QStash. Raises ``ConfigurationError`` where there is

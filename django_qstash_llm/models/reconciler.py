@@ -41,7 +41,7 @@ from ..qstash import (
 )
 from ..qstash.callback import NO_RESPONSE
 from .callback import MOST_APPLY_TRIES, UNSTORABLE, CallbackResponse, Kind, plain
-from .request import LONGEST_TIMEOUT, LLMRequest, LLMRequestQuerySet, OverTheWire, State
+from .request import LONGEST_TIMEOUT, LLMRequest, LLMRequestQuerySet, OverTheWire, State, Via
 
 logger = logging.getLogger(__name__)
 
@@ -224,15 +224,18 @@ class Reconciler:
         Stops at once when QStash answers nobody: the others stay due. Raises ``ConfigurationError``
         when nothing could be asked at all.
         """
-        overdue = list(self.due().values_list("pk", flat=True)[:limit])
-        if overdue:
+        overdue = list(self.due().values_list("pk", "via")[:limit])
+        if any(via != Via.CHAT for _, via in overdue):
             app_settings().check_ready()
         asked = 0
-        for pk in overdue:
+        for pk, via in overdue:
             llm_request = self.claim(pk)
             if llm_request is None:
                 continue  # heard of a moment ago, or another asks about it
             asked += 1
+            if via == Via.CHAT:  # of which QStash knows nothing
+                self.fail(llm_request, "lost", _CHAT_LOST, is_lost=True)
+                continue
             try:
                 self.inquire(Inquiry(self.client, llm_request), llm_request)
             except LLMRequest.DoesNotExist:
@@ -527,6 +530,10 @@ _LOST_CALLBACK = {
     "callback's dead letter is gone.",
     "CANCELED": "The provider answered, but the callback with the answer was cancelled at QStash.",
 }
+_CHAT_LOST = (
+    "The process that waited for the answer has died over it. The provider may have been paid for it "
+    "all the same, and it can be asked again (resubmit)."
+)
 _ANSWER_UNREAD = (
     "What came back is stored here, but it could not be read: see its callback responses. "
     "They can be read again, for nothing, once the cause is mended."

@@ -211,13 +211,14 @@ class LLMRequestQuerySet(models.QuerySet["LLMRequest"]):
         """``chat`` for async code."""
         from .. import chat  # a stair that goes up, as above
 
-        return (await chat.acomplete(self.for_chat(messages, asked))).llm_request
+        llm_request = await sync_to_async(self.for_chat)(messages, asked)
+        return (await chat.acomplete(llm_request)).llm_request
 
     async def astream(self, messages: Sequence[Mapping[str, Any]], **asked: Any) -> AsyncStream:
         """``stream`` for async code: ``async for chunk in await ….astream(…)``."""
         from .. import chat  # a stair that goes up, as above
 
-        return await chat.aopen_stream(self.for_chat(messages, asked))
+        return await chat.aopen_stream(await sync_to_async(self.for_chat)(messages, asked))
 
     def for_chat(
         self, messages: Sequence[Mapping[str, Any]], asked: Mapping[str, Any]
