@@ -177,6 +177,8 @@ class StreamReader:
     def feed(self, received: bytes) -> Iterator[Chunk]:
         """Every chunk that ends in ``received``. Raises ``StreamBroken``."""
         for name, event, data in self._events.feed(received):
+            if self.is_done:
+                return  # whatever it may be
             yield from self._take(name, event, data)
 
     def end(self) -> Iterator[Chunk]:
