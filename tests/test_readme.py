@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from django.contrib.auth.models import User
 from django.db.models.signals import post_save
 
 from django_qstash_llm import providers, triggers
@@ -17,7 +20,8 @@ from django_qstash_llm.models import LLMRequest
 from django_qstash_llm.server.conf import KNOWN, ServerSettings
 from testproject.articles.models import Article
 
-from .wire import FakeQStash
+from .conftest import ANSWER
+from .wire import FakeQStash, Wire
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -122,6 +126,31 @@ def test_the_examples_of_asking_run_as_they_stand(qstash: FakeQStash) -> None:
         ("publish", "submitted"),
     ]
     assert LLMRequest.objects.earliest("id").parameters == {"temperature": 0.2}
+
+
+def answer_at_once(request: httpx.Request) -> httpx.Response:
+    if not json.loads(request.content).get("stream"):
+        return httpx.Response(200, json=ANSWER)
+    chunk = {"choices": [{"delta": {"content": "Titan."}, "finish_reason": "stop"}]}
+    return httpx.Response(200, content=f"data: {json.dumps(chunk)}\n\n".encode())
+
+
+@pytest.mark.django_db(transaction=True)
+def test_the_examples_of_immediate_answers_run_as_they_stand(
+    qstash: FakeQStash, wire: Wire, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wire.hosts["provider.test"] = answer_at_once
+    user = User.objects.create(username="ada")
+    exec(example("LLMRequest.objects.stream("), {"LLMRequest": LLMRequest})  # noqa: S102
+    exec(example("conversation.stream("), {"user": user})  # noqa: S102
+    assert capsys.readouterr().out == "Titan." * 2
+    states = LLMRequest.objects.order_by("id").values_list("via", "state", "user")
+    assert list(states) == [
+        *[("chat", "completed", None)] * 2,
+        ("chat", "completed", user.pk),
+        ("publish", "submitted", user.pk),
+        ("chat", "completed", user.pk),
+    ]
 
 
 @pytest.mark.django_db(transaction=True)
