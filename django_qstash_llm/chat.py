@@ -197,13 +197,21 @@ class Call:
         except UnreadableCompletion as error:
             raise self._unreadable(error, body) from error
         self._completed(completion, self._cost(completion))
-        body = plain(body)
-        if self.provider.kind == "anthropic":
-            translated = anthropic.completion(json.loads(body), created=int(time.time()))
-            body = json.dumps(translated, ensure_ascii=False).encode("utf-8", "replace")
         return Answer(
-            status=self.status, headers=self.told, body=body, llm_request=self.llm_request
+            status=self.status,
+            headers=self.told,
+            body=self._translated(plain(body)),
+            llm_request=self.llm_request,
         )
+
+    def _translated(self, body: bytes) -> bytes:
+        if self.provider.kind != "anthropic":
+            return body
+        answer = json.loads(body)
+        if not anthropic.is_message(answer):
+            return body  # a proxy that speaks OpenAI's words already
+        answer = anthropic.completion(answer, created=int(time.time()))
+        return json.dumps(answer, ensure_ascii=False).encode("utf-8", "replace")
 
     def complete_stream(self, reader: StreamReader) -> None:
         completion = reader.completion

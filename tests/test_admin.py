@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from datetime import timedelta
 from decimal import Decimal
+from functools import partial
 from html.parser import HTMLParser
 from typing import Any
 from uuid import uuid4
@@ -1490,3 +1491,22 @@ def test_the_pages_carry_no_inline_style_or_script(admin_client: Client) -> None
         page = page_of(admin_client, name)
         assert page.inline_code == []
         assert not [attrs for _, attrs in page.elements if "style" in attrs]
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        (submitted, "The provider is being asked, without QStash"),
+        (
+            partial(failed, state=State.CANCELLED, error_code="aborted"),
+            "has left before the answer",
+        ),
+    ],
+)
+def test_chat_is_told_of_without_qstash(
+    admin_client: Client, row: Callable[..., LLMRequest], sentence: str
+) -> None:
+    asked = row(via="chat", qstash_message_id="", submitted_at=timezone.now())
+    content = admin_client.get(reverse(REQUEST, args=[asked.pk])).content.decode()
+    assert sentence in content
+    assert "QStash has it" not in content

@@ -14,7 +14,7 @@ from django.utils.translation import ngettext
 from ..conf import app_settings
 from ..models import CallbackResponse, Lane, LLMRequest
 from ..models.circuit import QSTASH, Circuit
-from ..models.request import ANNOUNCED, UNFINISHED, State
+from ..models.request import ANNOUNCED, UNFINISHED, State, Via
 from . import figures
 
 Sentence = SafeString | str
@@ -122,6 +122,9 @@ def _is_behind_a_paused_one(row: LLMRequest, now: datetime) -> bool:
 
 def _submitted(row: LLMRequest, now: datetime) -> Iterator[Sentence]:
     since = figures.moment(row.submitted_at, now=now)
+    if row.via == Via.CHAT:
+        yield format_html(_("The provider is being asked, without QStash, since {}."), since)
+        return
     yield format_html(_("QStash has it; handed over {}."), since)
     if lane := Lane.objects.using(row._state.db).holding(row, now):
         yield lane.pause_in_words
@@ -166,7 +169,9 @@ def _failed(row: LLMRequest, now: datetime) -> Iterator[Sentence]:
 
 def _cancelled(row: LLMRequest, now: datetime) -> Iterator[Sentence]:
     yield format_html(_("Cancelled {}."), figures.moment(row.finished_at, now=now))
-    if row.submitted_at:
+    if row.error_code == "aborted":
+        yield _("Who asked has left before the answer was whole; what had come is kept.")
+    elif row.submitted_at:
         yield _("An attempt that was in flight may still have been paid for.")
 
 

@@ -109,6 +109,17 @@ def update(row: models.Model, changes: Mapping[str, Any], *, using: str) -> None
         cursor.execute(_update(type(row), names, using), [*values, row.pk])
 
 
+def update_in(row: models.Model, state: str, changes: Mapping[str, Any], *, using: str) -> bool:
+    """Write ``changes`` of a row that nobody has locked, and whether it was in ``state`` still."""
+    names = tuple(changes)
+    values = _prepared(type(row), names, changes.values(), using)
+    with connections[using].cursor() as cursor:
+        cursor.execute(
+            f"{_update(type(row), names, using)} AND state = %s", [*values, row.pk, state]
+        )
+        return bool(cursor.rowcount)
+
+
 def can_store_at_once(using: str) -> bool:
     """By itself: in a transaction of somebody else's a refusal would end that."""
     connection = connections[using]

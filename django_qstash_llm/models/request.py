@@ -681,11 +681,12 @@ class LLMRequest(OverTheWire, models.Model):
         """Write what ``decide`` makes of this row, which who began it has known since: where it is
         not as it was, cancelled say, decided anew over what it is."""
         changes = decide(self)
-        if self._change([State.SUBMITTED], **self.needed(changes)):
+        using = self._state.db or "default"
+        if inbox.update_in(self, State.SUBMITTED, self.needed(changes), using=using):
             self.become(changes)
             return
-        rows = type(self).objects.using(self._state.db)
-        with transaction.atomic(using=self._state.db):
+        rows = type(self).objects.using(using)
+        with transaction.atomic(using=using):
             row = rows.lock(self.uuid)
             if row is not None and (changes := decide(row)):
                 row.write(changes)
