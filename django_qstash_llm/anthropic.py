@@ -142,7 +142,8 @@ def _parameters(parameters: Mapping[str, Any]) -> Json:
         fields["metadata"] = {"user_id": fields.pop("user")}
     shape = fields.get("response_format")
     if isinstance(shape, dict) and shape.get("type") == "json_schema":
-        schema = (fields.pop("response_format").get("json_schema") or {}).get("schema")
+        del fields["response_format"]
+        schema = _dict(shape, "json_schema").get("schema")
         fields["output_config"] = {"format": {"type": "json_schema", "schema": schema}}
     return fields
 

@@ -117,6 +117,10 @@ def test_messages_are_asked_in_its_own_shape(ours: list[Any], theirs: list[Any])
             {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}},
             {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}},
         ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": 7}},
+            {"output_config": {"format": {"type": "json_schema", "schema": None}}},
+        ),
         # What has no other name is passed on, and refused there.
         ({"n": 2, "response_format": {"type": "json_object"}},) * 2,
     ],

@@ -19,7 +19,7 @@ from typing import Any
 
 import httpx
 import pytest
-from asgiref.sync import async_to_sync
+from asgiref.sync import async_to_sync, sync_to_async
 from django.conf import settings as site
 from django.contrib.auth.models import User
 from django.db import connection, transaction
@@ -271,6 +271,15 @@ def test_what_makes_no_sense_is_refused_before_anything_is_written(
         LLMRequest.objects.stream(ASK, **asked)
     assert not LLMRequest.objects.exists()
     assert wire.requests == []
+
+
+def test_chat_is_not_saved_to_be_asked_by_qstash(qstash: FakeQStash) -> None:
+    with pytest.raises(InvalidRequest, match="chat or stream"):
+        LLMRequest.objects.create(via="chat", messages=ASK)
+    row = LLMRequest.objects.publish(ASK)
+    for unusable in (row, LLMRequest(messages=ASK)):
+        with pytest.raises(InvalidRequest, match="unsaved"):
+            chat.complete(unusable)
 
 
 def test_durable_ways_name_the_chat_api_when_asked_to_stream() -> None:
@@ -684,6 +693,20 @@ def test_async_answer_is_recorded_the_same(wire: Wire) -> None:
     answers(wire, httpx.Response(503))
     with pytest.raises(ChatFailed, match="503"):
         async_to_sync(LLMRequest.objects.all().achat)(ASK)
+
+
+@pytest.mark.django_db(transaction=True)
+def test_database_is_let_go_while_async_code_waits() -> None:
+    held: list[bool] = []
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        held.append(await sync_to_async(lambda: connection.connection is not None)())
+        return httpx.Response(200, json=ANSWER)
+
+    with ours(CHAT_TRANSPORT=httpx.MockTransport(answer)):
+        async_to_sync(LLMRequest.objects.all().achat)(ASK)
+    assert held == [False]
+    assert only_row().state == "completed"
 
 
 def test_async_stream_is_recorded_the_same(upstream: Any) -> None:

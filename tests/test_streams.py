@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from django_qstash_llm import streams
-from django_qstash_llm.completions import Completion, Usage
+from django_qstash_llm.completions import LARGEST_ANSWER, Completion, Usage
 from django_qstash_llm.streams import Chunk, Events, StreamBroken, StreamReader
 
 
@@ -114,16 +113,18 @@ def test_chunks_of_odd_shapes_are_passed_on() -> None:
     assert (completion.refusal, completion.finish_reason) == ("No.", "stop")
 
 
-def test_long_line_in_small_pieces_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_line_in_small_pieces_is_read_once() -> None:
     text = "x" * 3_000_000
     chunks, _ = read(f"data: {chunk(text, 'stop')}\n\n".encode(), 1000)
     assert [len(each.text) for each in chunks] == [3_000_000]
 
 
-def test_endless_stream_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "LARGEST_ANSWER", 1000)
+def test_endless_stream_has_an_end() -> None:
+    comment = b":" + b"x" * 999_998 + b"\n"
+    reading = reader()
     with pytest.raises(StreamBroken) as caught:
-        read(b": keep-alive\n\n" * 100, 100)
+        for _ in range(LARGEST_ANSWER // len(comment) + 1):
+            list(reading.feed(comment))
     assert caught.value.code == "too_large"
 
 

@@ -508,6 +508,8 @@ class LLMRequest(OverTheWire, models.Model):
     def save(self, *args: Any, **kwargs: Any) -> None:
         is_new = self._state.adding
         if is_new and self.state == State.PENDING:
+            if self.via == Via.CHAT:
+                raise InvalidRequest("via", "a chat is not saved to be asked: use chat or stream")
             self.prepare()
         super().save(*args, **kwargs)
         if is_new and self.state == State.PENDING:
