@@ -7,7 +7,7 @@ from django.db import migrations, models
 
 class Migration(migrations.Migration):
     dependencies = [
-        ("django_qstash_llm", "0003_what_is_there_already"),
+        ("django_qstash_llm", "0005_lanes"),
     ]
 
     operations = [
