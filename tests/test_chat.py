@@ -32,6 +32,7 @@ from django_qstash_llm.models import LLMRequest
 from django_qstash_llm.models.reconciler import Reconciler
 from django_qstash_llm.models.request import Via
 from django_qstash_llm.providers import get_provider
+from django_qstash_llm.qstash import FlowControl
 from django_qstash_llm.signals import request_completed, request_failed
 from testproject.articles.models import Article
 from tests.conftest import ANSWER
@@ -249,7 +250,7 @@ def test_answer_to_a_cancelled_request_is_still_paid_for(wire: Wire, qstash: Fak
         {"delay": 3},
         {"retries": 3},
         {"retry_delay": "1000"},
-        {"flow_control": object()},
+        {"flow_control": FlowControl(key="k", rate=1)},
         {"redact": ["body"]},
         {"stream": True},
         {"via": "chat"},

@@ -189,7 +189,7 @@ def _stored(receipt: models.Model, names: tuple[str, ...], using: str) -> list[A
 
 def _stored_names(row: Any) -> tuple[str, ...]:
     model: type[models.Model] = type(row)
-    return _names_without(model, row.left_to_the_database)
+    return _names_without(model, getattr(row, "left_to_the_database", frozenset()))
 
 
 @lru_cache(maxsize=16)
