@@ -11,6 +11,8 @@ from django.apps.config import AppConfig
 from django.conf import settings
 from django.core.checks import CheckMessage, Error, Tags, Warning, register
 from django.urls import Resolver404, resolve
+from rest_framework.authentication import BaseAuthentication
+from rest_framework.permissions import BasePermission
 
 from . import conf
 from .exceptions import ConfigurationError
@@ -64,6 +66,7 @@ def check_settings(app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> li
         *_check_keeping(in_force),
         *_check_pacing(in_force),
         *_check_health_token(in_force),
+        *_check_openai(in_force),
     ]
 
 
@@ -124,6 +127,28 @@ def _check_health_token(in_force: conf.AppSettings) -> list[CheckMessage]:
             id="E010",
         )
     ]
+
+
+def _check_openai(in_force: conf.AppSettings) -> list[CheckMessage]:
+    problems: list[CheckMessage] = []
+    for name, base in (
+        ("openai_authentication", BaseAuthentication),
+        ("openai_permissions", BasePermission),
+    ):
+        setting = f"QSTASH_LLM[{name.upper()!r}]"
+        hint = f"Give dotted paths of subclasses of rest_framework's {base.__name__}."
+        try:
+            wrong = [each for each in conf.classes_of(name) if not issubclass(each, base)]
+        except ConfigurationError as error:
+            problems.append(Error(str(error), hint=hint, id=f"{ID}.E011"))
+            continue
+        for each in wrong:
+            problem = f"{setting}: {each.__name__} is no {base.__name__}."
+            problems.append(Error(problem, hint=hint, id=f"{ID}.E011"))
+    if in_force.openai_max_body_bytes <= 0:
+        problem = "QSTASH_LLM['OPENAI_MAX_BODY_BYTES'] is not more than 0: it takes no body at all."
+        problems.append(Error(problem, hint="Give bytes.", id=f"{ID}.E011"))
+    return problems
 
 
 def _check_token(in_force: conf.AppSettings) -> list[CheckMessage]:

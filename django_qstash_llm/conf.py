@@ -123,6 +123,15 @@ class AppSettings:
     may_use_conversation: str = ""
     """Dotted path to a function of a user and a conversation: whether the one may go on with the
     other. Empty, its owner may."""
+    openai_authentication: tuple[str, ...] = ()
+    """Dotted paths of DRF authentication classes, for callers of the OpenAI-compatible endpoint who
+    show none of our API keys: ``rest_framework.authentication.SessionAuthentication``."""
+    openai_permissions: tuple[str, ...] = ()
+    """Dotted paths of DRF permission classes that every caller of that endpoint has to pass as well."""
+    openai_takes_qstash_token: bool = False
+    """Whether ``QSTASH_TOKEN`` is a key there too, as the ``qstash`` client's ``chat`` shows it."""
+    openai_max_body_bytes: int = 20_000_000
+    """A larger body is refused there with 413. Images travel in it."""
     transport: Any = field(default=None, repr=False)
     """An httpx transport, or the dotted path to one, for the way to QStash."""
     chat_transport: Any = field(default=None, repr=False)
@@ -192,7 +201,8 @@ class AppSettings:
                 continue
             types, words = _KINDS[kind]
             setting = f"QSTASH_LLM[{field_.name.upper()!r}]"
-            if not isinstance(value, types) or isinstance(value, bool):
+            # To Python a bool is a number.
+            if not isinstance(value, types) or isinstance(value, bool) != (types is bool):
                 problems[field_.name] = f"{setting} is a {type(value).__name__}.", f"Give {words}."
             elif isinstance(value, list | tuple) and not all(isinstance(x, str) for x in value):
                 problems[field_.name] = f"{setting} holds what is no text.", "Give a list of texts."
@@ -300,6 +310,7 @@ class AppSettings:
 _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "int": (int, "a whole number"),
     "float": ((int, float), "a number"),
+    "bool": (bool, "True or False"),
     "str": (str, "a text"),
     "tuple": ((list, tuple), "a list or tuple"),
     "Mapping": (Mapping, "a dictionary"),
@@ -337,6 +348,20 @@ def app_settings() -> AppSettings:
         if isinstance(value := getattr(settings, key, None), str) and value.strip()
     }
     return AppSettings(**given, **upstash)
+
+
+def classes_of(name: str) -> list[type[Any]]:
+    """The classes that the setting ``name`` names. Raises ``ConfigurationError``."""
+    setting = f"QSTASH_LLM[{name.upper()!r}]"
+    found = []
+    for path in getattr(app_settings(), name):
+        try:
+            found.append(import_string(path))
+        except ImportError as error:
+            raise ConfigurationError(f"{setting}: there is no {path!r}: {error}") from error
+        if not isinstance(found[-1], type):
+            raise ConfigurationError(f"{setting}: {path!r} is no class.")
+    return found
 
 
 def unknown_keys(ours: Mapping[str, Any]) -> list[str]:
@@ -470,6 +495,8 @@ def _typed(env: environ.Env, name: str, kind: str) -> Any:
         return env.int(name)
     if kind.startswith("float"):
         return env.float(name)
+    if kind.startswith("bool"):
+        return env.bool(name)
     if kind.startswith("tuple"):
         return tuple(env.list(name))
     if kind.startswith("Mapping"):

@@ -14,7 +14,7 @@ from django.utils import timezone
 from kombu.exceptions import OperationalError
 
 from . import triggers
-from .models import CallbackResponse, Lane, LLMRequest
+from .models import CallbackResponse, KeptAnswer, Lane, LLMRequest
 from .models.cancellation import Cancellations
 from .models.doorbell import Bell
 from .models.outbox import Outbox
@@ -130,6 +130,7 @@ def sweep(using: str = "") -> None:
         ring(Bell.CANCEL, using)
     if _is_anything_unannounced(using):
         ring(Bell.ANNOUNCE, using)
+    KeptAnswer.objects.using(using).expired(timezone.now()).delete()
 
 
 _TASKS = {

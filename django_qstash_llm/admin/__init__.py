@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .api_key import ApiKeyAdmin
 from .batch import BatchAdmin
 from .callback import CallbackResponseAdmin
 from .circuit import CircuitAdmin
@@ -10,6 +11,7 @@ from .lane import LaneAdmin
 from .request import LLMRequestAdmin
 
 __all__ = [
+    "ApiKeyAdmin",
     "BatchAdmin",
     "CallbackResponseAdmin",
     "CircuitAdmin",

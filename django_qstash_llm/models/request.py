@@ -234,7 +234,6 @@ class LLMRequestQuerySet(models.QuerySet["LLMRequest"]):
         if "stream" in asked:
             raise InvalidRequest("stream", "said by the method: chat or stream")
         llm_request = self.model.compose(via=Via.CHAT, messages=messages, **asked)
-        _check_names(llm_request.parameters)
         llm_request._state.db = self.db
         return llm_request
 
@@ -362,6 +361,16 @@ class LLMRequest(OverTheWire, models.Model):
         db_index=False,
         verbose_name=_("conversation"),
     )
+    api_key = models.ForeignKey(
+        "django_qstash_llm.ApiKey",
+        on_delete=models.SET_NULL,
+        null=True,
+        blank=True,
+        related_name="llm_requests",
+        db_index=False,
+        verbose_name=_("API key"),
+        help_text=_("By which it was asked, at the OpenAI-compatible endpoint."),
+    )
     resubmission_of = models.ForeignKey(
         "self",
         on_delete=models.SET_NULL,
@@ -482,7 +491,7 @@ class LLMRequest(OverTheWire, models.Model):
                     name=f"llm_request_{name[:12]}",
                     condition=Q(**{f"{name}__isnull": False}),
                 )
-                for name in ("user", "batch", "conversation", "resubmission_of")
+                for name in ("user", "batch", "conversation", "resubmission_of", "api_key")
             ),
             models.Index(
                 fields=["tenant", "-id"], name="llm_request_tenant", condition=~Q(tenant="")
@@ -544,6 +553,7 @@ class LLMRequest(OverTheWire, models.Model):
         fields = {name: asked.pop(name) for name in list(asked) if name in names}
         for name in ("user", "batch", "conversation"):
             check_saved(name, fields.get(name), cls)
+        _check_words(asked)
         llm_request = cls(via=via, messages=messages, parameters=asked, **fields)
         if flow_control is not None:
             if not isinstance(flow_control, FlowControl):
@@ -571,10 +581,6 @@ class LLMRequest(OverTheWire, models.Model):
             self.timeout = conf.timeout if self.timeout is None else self.timeout
         _check_messages(self.messages)
         _check_parameters(self.parameters)
-        if self.via != Via.CHAT:
-            # Of a chat it is done where arguments are told from parameters: an OpenAI client's
-            # parameters, which come in a dictionary of their own, may have these names.
-            _check_names(self.parameters)
         self.messages = clean_json(self.messages)
         self.parameters = clean_json(self.parameters)
         self._check_belongings()
@@ -1023,6 +1029,7 @@ class LLMRequest(OverTheWire, models.Model):
             parameters=parameters,
             messages=self.messages,
             via=via,
+            api_key_id=self.api_key_id,
             flow_control=self.flow_control,
             content_type_id=self.content_type_id,
             object_id=self.object_id,
@@ -1278,11 +1285,11 @@ def _check_parameters(parameters: Any) -> None:
         _check_json(name, value, depth=1)
 
 
-def _check_names(parameters: Mapping[str, Any]) -> None:
-    """Refuse what was hardly meant as a parameter of the completion."""
+def _check_words(parameters: Mapping[str, Any]) -> None:
+    """Refuse keyword arguments that are none of ours and yet look like it. (A row's parameters may
+    have any name: at the OpenAI-compatible endpoint ``user`` is one of the provider's.)"""
     for name in parameters:
+        if name in _MISPLACED:
+            raise InvalidRequest(name, f"not a parameter of a completion: {_MISPLACED[name]}")
         if name not in _NOT_OURS and (close := difflib.get_close_matches(name, _ASKABLE, 1, 0.8)):
             raise InvalidRequest(name, f"did you mean {close[0]!r}?")
-    for name, remedy in _MISPLACED.items():
-        if name in parameters:
-            raise InvalidRequest(name, f"not a parameter of a completion: {remedy}")

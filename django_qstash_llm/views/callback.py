@@ -14,11 +14,11 @@ from rest_framework.response import Response
 
 from ..authentication import CallbackTooLarge, read_signed_body
 from ..completions import decompress
+from ..door import OwnView, outside_transactions
 from ..exceptions import UnreadableCompletion
 from ..models import CallbackResponse
 from ..models.callback import UNSTORABLE
 from ..qstash import Callback, EnvelopeError, SignatureError
-from .base import OwnView, outside_transactions
 
 logger = logging.getLogger(__name__)
 

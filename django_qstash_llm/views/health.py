@@ -12,9 +12,9 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 
 from ..conf import SHORTEST_HEALTH_TOKEN, app_settings
+from ..door import OwnView, SiteSession, is_staff_who_may_view, outside_transactions
 from ..health import Health, Pulse
 from ..models import LLMRequest
-from .base import OwnView, SiteSession, is_staff_who_may_view, outside_transactions
 
 logger = logging.getLogger(__name__)
 

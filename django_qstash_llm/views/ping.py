@@ -17,10 +17,10 @@ from rest_framework.response import Response
 from ..authentication import CallbackTooLarge, read_signed_ping
 from ..cleaning import clean_text
 from ..conf import app_settings
+from ..door import OwnView, outside_transactions
 from ..models import CallbackResponse
 from ..models.callback import Kind
 from ..qstash import SignatureError
-from .base import OwnView, outside_transactions
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from ..models import CallbackResponse, LLMRequest
 from ..models.attempt import Attempt
 from ..models.callback import Kind
 from ..models.forgetting import FULL
-from .base import OwnView, SiteSession, is_staff_who_may_view, outside_transactions
+from ..door import OwnView, SiteSession, is_staff_who_may_view, outside_transactions
 
 logger = logging.getLogger(__name__)
 

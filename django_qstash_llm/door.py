@@ -18,7 +18,7 @@ View = TypeVar("View", bound=Callable[..., Any])
 
 
 class OwnRenderer(BaseContentNegotiation):
-    """Our first renderer, whatever ``Accept`` says: QStash reads the status only."""
+    """Our first renderer, whatever ``Accept`` says: the official clients always say JSON."""
 
     def select_parser(self, request: Request, parsers: Iterable[BaseParser]) -> BaseParser | None:
         return None

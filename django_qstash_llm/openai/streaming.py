@@ -1,0 +1,86 @@
+"""An answer as it comes, as server-sent events: every chunk is handed on at once."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+
+from asgiref.sync import async_to_sync, sync_to_async
+
+from ..chat import AsyncStream, Stream
+from ..conf import app_settings
+from ..exceptions import ChatFailed
+from ..models import KeptAnswer
+from .refusals import as_refusal
+
+EVENTS = "text/event-stream; charset=utf-8"
+HEADERS = {
+    "Cache-Control": "no-cache",
+    # nginx would collect what comes.
+    "X-Accel-Buffering": "no",
+    # And so would Django's GZipMiddleware; what is encoded already it leaves alone.
+    "Content-Encoding": "identity",
+}
+_DONE = b"data: [DONE]\n\n"
+
+
+def events(stream: Stream, kept: KeptAnswer | None) -> Iterator[bytes]:
+    """For WSGI. Who stops reading closes the provider's connection."""
+    said = _Said(kept)
+    with stream:
+        try:
+            for chunk in stream:
+                if not chunk.is_extra:
+                    yield said.note(_event(chunk.data))
+            yield said.note(_DONE)
+        except ChatFailed as error:
+            yield said.note(_event(as_refusal(error).body))
+    said.keep()
+
+
+class AsyncEvents:
+    """The same for ASGI."""
+
+    def __init__(self, stream: AsyncStream, kept: KeptAnswer | None) -> None:
+        self._stream = stream
+        self._said = _Said(kept)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        said = self._said
+        try:
+            async for chunk in self._stream:
+                if not chunk.is_extra:
+                    yield said.note(_event(chunk.data))
+            yield said.note(_DONE)
+        except ChatFailed as error:
+            yield said.note(_event(as_refusal(error).body))
+        await sync_to_async(said.keep)()
+
+    def close(self) -> None:
+        """Django calls it when the response is at its end, however it came to it: a reader may leave
+        while nothing here is at work that could notice."""
+        async_to_sync(self._stream.aclose)()
+
+
+class _Said:
+    """What was said so far, where it is to be said again on demand."""
+
+    def __init__(self, kept: KeptAnswer | None) -> None:
+        self._kept = kept
+        self._parts: list[bytes] = []
+        self._left = app_settings().max_stored_body_bytes
+
+    def note(self, event: bytes) -> bytes:
+        if self._kept is not None:
+            self._left -= len(event)
+            if self._left >= 0:
+                self._parts.append(event)
+        return event
+
+    def keep(self) -> None:
+        if self._kept is not None and self._left >= 0:
+            self._kept.keep(200, b"".join(self._parts), EVENTS)
+
+
+def _event(data: bytes) -> bytes:
+    # JSON may have come in several lines.
+    return b"data: " + data.replace(b"\n", b"\ndata: ") + b"\n\n"

@@ -1,0 +1,131 @@
+"""``chat/completions``: whole, streamed, or in the background; and what became of one."""
+
+from __future__ import annotations
+
+from uuid import UUID
+
+from asgiref.sync import async_to_sync
+from django.db import router
+from django.http import HttpResponse, HttpResponseBase, JsonResponse, StreamingHttpResponse
+from rest_framework.request import Request
+
+from ... import chat
+from ...conf import app_settings
+from ...models import KeptAnswer, LLMRequest
+from ...models.api_key import Scope
+from ...models.request import Via
+from .. import asking, idempotency, streaming
+from ..asking import Asked
+from ..authentication import caller_of
+from ..refusals import JSON, Refusal, as_refusal, passed_on
+from ..told import as_completion
+from .base import OpenAIView, door
+
+
+class ChatCompletionsView(OpenAIView):
+    scope = Scope.CHAT
+    http_method_names = ["post"]
+
+    def post(self, request: Request) -> HttpResponseBase:
+        asked = asking.read(request)
+        llm_request = asked.row(Via.PUBLISH if asked.is_background else Via.CHAT)
+        key = idempotency.key_of(request)
+        if key is None:
+            return _answer(request, asked, llm_request)
+        kept, is_new = idempotency.claim(key, asked, llm_request)
+        if not is_new:
+            return idempotency.again(kept, asked)
+        try:
+            response = _answer(request, asked, llm_request, kept)
+        except Exception as error:
+            # Whatever it was: what was not paid for may be asked once more under this key.
+            refusal = as_refusal(error)
+            if refusal.may_be_paid:
+                kept.keep(refusal.status, refusal.body, JSON)
+            else:
+                kept.let_go()
+            raise refusal from error
+        if isinstance(response, HttpResponse):
+            kept.keep(response.status_code, response.content, JSON)
+        return response
+
+
+class ChatCompletionView(OpenAIView):
+    scope = Scope.CHAT
+    http_method_names = ["get", "head"]
+
+    def get(self, request: Request, name: str) -> HttpResponseBase:
+        return _told(_found(request, name))
+
+
+class CancelView(OpenAIView):
+    scope = Scope.CHAT
+    http_method_names = ["post"]
+
+    def post(self, request: Request, name: str) -> HttpResponseBase:
+        llm_request = _found(request, name)
+        llm_request.cancel()
+        return _told(llm_request)
+
+
+def _answer(
+    request: Request, asked: Asked, llm_request: LLMRequest, kept: KeptAnswer | None = None
+) -> HttpResponseBase:
+    if asked.is_background:
+        return _begin(llm_request)
+    if asked.is_stream:
+        return _stream(request, llm_request, kept)
+    answer = chat.complete(llm_request)
+    headers = passed_on(answer.headers) | _named(llm_request)
+    return HttpResponse(answer.body, status=answer.status, content_type=JSON, headers=headers)
+
+
+def _begin(llm_request: LLMRequest) -> HttpResponse:
+    """By QStash; the answer is here, under the request's id, whenever somebody looks for it."""
+    app_settings().check_ready()
+    llm_request.save(using=router.db_for_write(LLMRequest), force_insert=True)
+    response = _told(llm_request, status=202)
+    response["Location"] = f"completions/{llm_request.uuid}"
+    response["Preference-Applied"] = "respond-async"
+    return response
+
+
+def _stream(
+    request: Request, llm_request: LLMRequest, kept: KeptAnswer | None
+) -> StreamingHttpResponse:
+    if not hasattr(request._request, "scope"):
+        stream = chat.open_stream(llm_request)
+        said = streaming.events(stream, kept)
+        told = stream.headers
+    else:
+        # Under ASGI this view runs in a thread of its own, and only until the answer begins: the
+        # rest is read in the loop, where a reader who waits costs next to nothing.
+        async_stream = async_to_sync(chat.aopen_stream)(llm_request)
+        said = streaming.AsyncEvents(async_stream, kept)
+        told = async_stream.headers
+    headers = passed_on(told) | streaming.HEADERS | _named(llm_request)
+    return StreamingHttpResponse(said, content_type=streaming.EVENTS, headers=headers)
+
+
+def _found(request: Request, name: str) -> LLMRequest:
+    try:
+        llm_request = caller_of(request).llm_requests().filter(uuid=UUID(name)).first()
+    except ValueError:
+        llm_request = None
+    if llm_request is None:
+        raise Refusal(404, "not_found", f"There is no chat completion {name[:100]!r} of yours.")
+    return llm_request
+
+
+def _told(llm_request: LLMRequest, *, status: int = 200) -> HttpResponse:
+    headers = _named(llm_request)
+    return JsonResponse(as_completion(llm_request), status=status, headers=headers)
+
+
+def _named(llm_request: LLMRequest) -> dict[str, str]:
+    return {"x-request-id": str(llm_request.uuid)}
+
+
+chat_completions = door(ChatCompletionsView)
+chat_completion = door(ChatCompletionView)
+cancel = door(CancelView)
