@@ -5,6 +5,7 @@ from django.urls import include, path
 
 urlpatterns = [
     path("admin/", admin.site.urls),
+    path("openai/v1/", include("django_qstash_llm.openai.urls")),
     path("llm/", include("django_qstash_llm.urls")),
     path("qstash/", include("django_qstash_llm.server.urls")),
 ]
