@@ -58,12 +58,10 @@ class ApiKeyForm(forms.ModelForm):  # type: ignore[type-arg]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if "provider" in self.fields:  # not for who may only look
+        field = self.fields.get("provider")  # which who may only look has not
+        if isinstance(field, forms.ChoiceField):
             names = sorted({*app_settings().providers, self.instance.provider} - {""})
-            self.fields["provider"].choices = [
-                ("", _("the default")),
-                *zip(names, names, strict=True),
-            ]  # type: ignore[attr-defined]
+            field.choices = [("", _("the default")), *((name, name) for name in names)]
 
     def clean_expires_at(self) -> Any:
         expires_at = self.cleaned_data["expires_at"]

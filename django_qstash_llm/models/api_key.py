@@ -11,7 +11,7 @@ from django.conf import settings
 from django.core.exceptions import ValidationError
 from django.core.validators import MinValueValidator
 from django.db import models
-from django.db.models import Case, F, Q, When
+from django.db.models import Case, F, Q, Value, When
 from django.utils import timezone
 from django.utils.translation import gettext_lazy as _
 
@@ -157,9 +157,11 @@ class ApiKey(models.Model):
             return True
         is_within = Q(calls_in_minute__lt=F("requests_per_minute"))
         counted = rows.filter(is_new | is_within).update(
-            minute=Case(When(is_new, then=minute), default=F("minute")),
-            calls_in_minute=Case(When(is_new, then=1), default=F("calls_in_minute") + 1),
-            last_used_at=Case(When(is_new, then=now), default=F("last_used_at")),
+            minute=_either(is_new, minute, F("minute"), models.BigIntegerField()),
+            calls_in_minute=_either(
+                is_new, 1, F("calls_in_minute") + 1, models.PositiveIntegerField()
+            ),
+            last_used_at=_either(is_new, now, F("last_used_at"), models.DateTimeField()),
         )
         return bool(counted)
 
@@ -178,6 +180,10 @@ def digest_of(key: str) -> str:
     random bits, which nobody guesses at any speed, and it is looked at on every call.
     """
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _either(condition: Q, value: Any, other: Any, field: models.Field[Any, Any]) -> Case:
+    return Case(When(condition, then=Value(value)), default=other, output_field=field)
 
 
 def _matches(pattern: str, names: tuple[str, ...]) -> bool:

@@ -13,7 +13,7 @@ from rest_framework.exceptions import AuthenticationFailed
 from rest_framework.permissions import BasePermission
 from rest_framework.request import Request
 
-from ..conf import app_settings
+from ..conf import app_settings, classes_of
 from ..models import ApiKey, LLMRequest
 from ..models.api_key import BEGINNING
 from ..models.request import LLMRequestQuerySet
@@ -72,12 +72,24 @@ class KeyAuthentication(BaseAuthentication):
         return "Bearer"
 
 
+class SiteAuthentication(BaseAuthentication):
+    """Whatever ``OPENAI_AUTHENTICATION`` names."""
+
+    def authenticate(self, request: Request) -> tuple[Any, Any] | None:
+        # Not by DRF's own list: that is made where a wrong setting would be nobody's to answer.
+        for each in classes_of("openai_authentication"):
+            found: tuple[Any, Any] | None = each().authenticate(request)
+            if found is not None:
+                return found
+        return None
+
+
 class HasScope(BasePermission):
     """The caller is known, and their key is for this part of the API."""
 
     def has_permission(self, request: Request, view: Any) -> bool:
         if not caller_of(request).has(view.scope):
-            message = f"Your API key lacks the scope {view.scope!r}."
+            message = f"Your API key lacks the scope '{view.scope}'."
             raise Refusal(403, "insufficient_permissions", message)
         return True
 

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Mapping
 
-from django.db import DatabaseError, InterfaceError
+from django.db import InterfaceError, OperationalError
 from django.http import Http404, HttpResponse
 from rest_framework.exceptions import APIException
 
@@ -75,7 +75,7 @@ def as_refusal(error: Exception) -> Refusal:
     if isinstance(error, QStashError):
         logger.error("QStash could not be told: %s", error)
         return Refusal(503, "server_error", "QStash is not available.")
-    if isinstance(error, DatabaseError | InterfaceError):
+    if isinstance(error, OperationalError | InterfaceError):
         logger.error("The database does not answer: %s", type(error).__name__)
         # Nobody knows whether before or after the provider was asked.
         return Refusal(503, "server_error", "The database is not available.", may_be_paid=True)

@@ -23,8 +23,13 @@ HEADERS = {
 _DONE = b"data: [DONE]\n\n"
 
 
-def events(stream: Stream, kept: KeptAnswer | None) -> Iterator[bytes]:
-    """For WSGI. Who stops reading closes the provider's connection."""
+def events(stream: Stream | AsyncStream, kept: KeptAnswer | None) -> Iterator[bytes] | AsyncEvents:
+    """What a response under WSGI or ASGI iterates."""
+    return _events(stream, kept) if isinstance(stream, Stream) else AsyncEvents(stream, kept)
+
+
+def _events(stream: Stream, kept: KeptAnswer | None) -> Iterator[bytes]:
+    """Who stops reading closes the provider's connection."""
     said = _Said(kept)
     with stream:
         try:

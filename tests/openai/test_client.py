@@ -49,7 +49,8 @@ def test_a_completion_is_answered_and_recorded(ai: openai.OpenAI, wire: Wire, ke
     completion = raw.parse()
     row = LLMRequest.objects.get()
     assert completion.choices[0].message.content == "Forty-two."
-    assert completion.usage and completion.usage.total_tokens == 12
+    assert completion.usage
+    assert completion.usage.total_tokens == 12
     assert raw.request_id == str(row.uuid)
     assert raw.headers["x-ratelimit-remaining-requests"] == "41"
     assert "set-cookie" not in raw.headers
@@ -134,7 +135,8 @@ def test_usage_is_in_a_stream_when_it_is_asked_for(ai: openai.OpenAI, wire: Wire
         model="gpt-5.4-mini", messages=ASK, stream=True, stream_options={"include_usage": True}
     )
     assert last.choices == []
-    assert last.usage and last.usage.total_tokens == USAGE["total_tokens"]
+    assert last.usage
+    assert last.usage.total_tokens == USAGE["total_tokens"]
 
 
 def test_the_streaming_helper(ai: openai.OpenAI, wire: Wire) -> None:
@@ -336,7 +338,8 @@ def test_in_the_background_an_answer_is_waited_for_by_its_id(
     assert done.model_extra == {"status": "completed"}
     assert done.id == completion.id
     assert [choice.message.content for choice in done.choices] == ["Forty-two."] * 2
-    assert done.usage and done.usage.total_tokens == 12
+    assert done.usage
+    assert done.usage.total_tokens == 12
 
 
 def test_what_waits_in_the_background_can_be_cancelled(

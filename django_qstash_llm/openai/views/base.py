@@ -11,10 +11,10 @@ from django.utils import timezone
 from rest_framework.request import Request
 from rest_framework.views import APIView
 
-from ... import conf
+from ...conf import classes_of
 from ...door import OwnView, outside_transactions
 from ...models.api_key import Scope
-from ..authentication import HasScope, KeyAuthentication, caller_of
+from ..authentication import HasScope, KeyAuthentication, SiteAuthentication, caller_of
 from ..refusals import Refusal, as_refusal
 
 
@@ -23,11 +23,10 @@ class OpenAIView(OwnView):
 
     scope: str
 
-    def get_authenticators(self) -> list[Any]:
-        return [KeyAuthentication(), *(each() for each in conf.classes_of("openai_authentication"))]
+    authentication_classes = (KeyAuthentication, SiteAuthentication)
 
     def get_permissions(self) -> list[Any]:
-        return [HasScope(), *(each() for each in conf.classes_of("openai_permissions"))]
+        return [HasScope(), *(each() for each in classes_of("openai_permissions"))]
 
     def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super().initial(request, *args, **kwargs)

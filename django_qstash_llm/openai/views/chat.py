@@ -10,6 +10,7 @@ from django.http import HttpResponse, HttpResponseBase, JsonResponse, StreamingH
 from rest_framework.request import Request
 
 from ... import chat
+from ...chat import AsyncStream, Stream
 from ...conf import app_settings
 from ...models import KeptAnswer, LLMRequest
 from ...models.api_key import Scope
@@ -93,17 +94,14 @@ def _begin(llm_request: LLMRequest) -> HttpResponse:
 def _stream(
     request: Request, llm_request: LLMRequest, kept: KeptAnswer | None
 ) -> StreamingHttpResponse:
-    if not hasattr(request._request, "scope"):
-        stream = chat.open_stream(llm_request)
-        said = streaming.events(stream, kept)
-        told = stream.headers
-    else:
+    if hasattr(request._request, "scope"):
         # Under ASGI this view runs in a thread of its own, and only until the answer begins: the
         # rest is read in the loop, where a reader who waits costs next to nothing.
-        async_stream = async_to_sync(chat.aopen_stream)(llm_request)
-        said = streaming.AsyncEvents(async_stream, kept)
-        told = async_stream.headers
-    headers = passed_on(told) | streaming.HEADERS | _named(llm_request)
+        stream: Stream | AsyncStream = async_to_sync(chat.aopen_stream)(llm_request)
+    else:
+        stream = chat.open_stream(llm_request)
+    headers = passed_on(stream.headers) | streaming.HEADERS | _named(llm_request)
+    said = streaming.events(stream, kept)
     return StreamingHttpResponse(said, content_type=streaming.EVENTS, headers=headers)
 
 
