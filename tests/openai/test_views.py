@@ -187,9 +187,7 @@ def test_a_body_larger_than_forms_may_be_is_taken(post: Post, provider: Wire) ->
     assert post(said([{"type": "image_url", "image_url": {"url": url}}])).status_code == 200
 
 
-@pytest.mark.parametrize(
-    ("length", "status"), [("1e3", 400), ("-1", 400), ("9" * 18, 413)]
-)
+@pytest.mark.parametrize(("length", "status"), [("1e3", 400), ("-1", 400), ("9" * 18, 413)])
 def test_a_body_is_as_long_as_it_says(post: Post, provider: Wire, length: str, status: int) -> None:
     assert post(CONTENT_LENGTH=length).status_code == status
     assert nothing_is_stored(provider)
