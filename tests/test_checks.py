@@ -213,6 +213,8 @@ def test_default_provider_may_be_upstash() -> None:
         ({"FORMER_CALLBACK_BASE_URLS": "https://a"}, "FORMER_CALLBACK_BASE_URLS", "a list"),
         ({"FORMER_CALLBACK_BASE_URLS": [5]}, "FORMER_CALLBACK_BASE_URLS", "a list of texts"),
         ({"HEALTH_TOKEN": 5}, "HEALTH_TOKEN", "a text"),
+        ({"OPENAI_TAKES_QSTASH_TOKEN": 1}, "OPENAI_TAKES_QSTASH_TOKEN", "True or False"),
+        ({"OPENAI_PERMISSIONS": "a.B"}, "OPENAI_PERMISSIONS", "a list"),
     ],
 )
 def test_setting_of_the_wrong_type_is_found(changed: dict[str, Any], name: str, hint: str) -> None:
@@ -328,6 +330,11 @@ def test_other_databases_need_no_such_options() -> None:
         ({"PAUSE_ON": ["money", "auth"]}, "E007"),
         ({"PAUSE_FROM": 0}, "E007"),
         ({"HEALTH_TOKEN": "short"}, "E010"),
+        ({"OPENAI_AUTHENTICATION": ["no.such.Thing"]}, "E011"),
+        ({"OPENAI_AUTHENTICATION": ["rest_framework.permissions.IsAdminUser"]}, "E011"),
+        ({"OPENAI_PERMISSIONS": ["django_qstash_llm.conf.app_settings"]}, "E011"),
+        ({"OPENAI_PERMISSIONS": ["rest_framework.authentication.BaseAuthentication"]}, "E011"),
+        ({"OPENAI_MAX_BODY_BYTES": 0}, "E011"),
     ],
 )
 def test_what_is_kept_waited_for_and_shown_is_checked(change: dict[str, Any], id: str) -> None:

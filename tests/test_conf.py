@@ -227,6 +227,7 @@ def test_environment_is_read_with_its_types() -> None:
             QSTASH_CURRENT_SIGNING_KEY="sig_current",
             QSTASH_LLM_RETRIES="5",
             QSTASH_LLM_TIMEOUT="600",
+            QSTASH_LLM_OPENAI_TAKES_QSTASH_TOKEN="yes",
             QSTASH_LLM_SIGNATURE_LEEWAY="1.5",
             QSTASH_LLM_CALLBACK_BASE_URL="https://example.com/llm",
             QSTASH_LLM_FORMER_CALLBACK_BASE_URLS="https://a,https://b",
@@ -243,6 +244,7 @@ def test_environment_is_read_with_its_types() -> None:
         "QSTASH_LLM": {
             "RETRIES": 5,
             "TIMEOUT": 600,
+            "OPENAI_TAKES_QSTASH_TOKEN": True,
             "SIGNATURE_LEEWAY": 1.5,
             "CALLBACK_BASE_URL": "https://example.com/llm",
             "FORMER_CALLBACK_BASE_URLS": ("https://a", "https://b"),
