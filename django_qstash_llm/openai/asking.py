@@ -12,7 +12,7 @@ from ..conf import app_settings
 from ..exceptions import InvalidRequest
 from ..models import LLMRequest
 from ..models.request import Via
-from ..providers import get_provider
+from ..providers import HOSTED_MODELS, get_provider
 from .authentication import Caller, caller_of
 from .body import check_links, invalid, object_of
 from .refusals import no_such_model
@@ -111,9 +111,17 @@ def choose_provider(caller: Caller, name: str) -> tuple[str, str]:
     return provider, model
 
 
+def listed_models() -> dict[str, tuple[str, ...]]:
+    """Name of each provider -> the models that it alone may be asked; of most nobody says any."""
+    listed = {}
+    for name, options in app_settings().providers.items():
+        is_upstash = "upstash" in (name, options.get("KIND"))
+        listed[name] = tuple(options.get("MODELS") or (HOSTED_MODELS if is_upstash else ()))
+    return listed
+
+
 def _lists(model: str) -> str:
-    providers = app_settings().providers.items()
-    named = [name for name, options in providers if model in (options.get("MODELS") or ())]
+    named = [name for name, models in listed_models().items() if model in models]
     return named[0] if len(named) == 1 else ""
 
 

@@ -87,8 +87,11 @@ class Site:
                 site.came.append(Came(self.path, dict(self.headers), body))
                 status, answer = site.answer(self.path, body)
                 content = json.dumps(answer).encode()
+                kind = "application/json"
+                if self.path == "/v1/chat/completions" and json.loads(body).get("stream"):
+                    content, kind = streamed(answer), "text/event-stream"
                 self.send_response(status)
-                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Type", kind)
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 self.wfile.write(content)
@@ -135,6 +138,21 @@ def completion(model: str, prompt: str) -> dict[str, Any]:
         ],
         "usage": {"prompt_tokens": 1, "completion_tokens": 4, "total_tokens": 5},
     }
+
+
+def streamed(answer: dict[str, Any]) -> bytes:
+    """The same as it would come in pieces, with its usage, as whoever asks for that gets it."""
+    first, rest = answer["choices"][0]["message"]["content"].split(" ", 1)
+    common = {**answer, "object": "chat.completion.chunk", "usage": None}
+    deltas = ({"role": "assistant", "content": first}, {"content": f" {rest}"}, {})
+    chunks = [
+        {**common, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+        for delta in deltas
+    ]
+    chunks[-1]["choices"][0]["finish_reason"] = "stop"
+    chunks.append({**common, "choices": [], "usage": answer["usage"]})
+    events = [json.dumps(chunk) for chunk in chunks]
+    return "".join(f"data: {event}\n\n" for event in [*events, "[DONE]"]).encode()
 
 
 @pytest.fixture

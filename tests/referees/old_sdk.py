@@ -18,6 +18,7 @@ from qstash.event import EventState
 
 CALLBACK, BUSY, LATER = (os.environ["SITE"] + path for path in ("/callback", "/busy", "/later"))
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+HOSTED = "meta-llama/Meta-Llama-3-8B-Instruct"
 client = QStash(os.environ["QSTASH_TOKEN"], retry=False)
 
 
@@ -60,6 +61,18 @@ def chat() -> dict[str, Any]:
         ended(answer.message_id, EventState.DELIVERED)
     answers["without_callback"] = refusal(client.message.publish_json, api=hosted, body=CHAT)
     return answers
+
+
+def immediate() -> dict[str, Any]:
+    """The same model at once, whole and streamed, both ways of asking."""
+    ask: dict[str, Any] = {"messages": CHAT["messages"], "model": HOSTED}
+    prompt: dict[str, Any] = {"user": "hi", "model": HOSTED}
+    return {
+        "create": client.chat.create(**ask),
+        "prompt": client.chat.prompt(**prompt, provider=upstash()),
+        "create streamed": list(client.chat.create(**ask, stream=True)),
+        "prompt streamed": list(client.chat.prompt(**prompt, stream=True)),
+    }
 
 
 def providers() -> dict[str, Any]:
@@ -144,6 +157,6 @@ def told(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    sections = (chat, providers, messages, dead_letters, verify)
+    sections = (chat, immediate, providers, messages, dead_letters, verify)
     answers = {section.__name__: section for section in sections}[sys.argv[1]]()
     sys.stdout.write(json.dumps(answers, default=told))

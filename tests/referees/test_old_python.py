@@ -14,8 +14,11 @@ from typing import Any
 
 import pytest
 
+from django_qstash_llm.models import LLMRequest
 from django_qstash_llm.server.serving import Server
 
+from ..openai.conftest import wsgi
+from ..server.conftest import TOKEN
 from ..server.test_delivery import eventually
 from ..server.test_sdk import Recently, Some
 from .conftest import HERE, Site, completion, run_script
@@ -95,6 +98,34 @@ def test_a_chat_with_a_hosted_model_is_answered_by_a_signed_callback(run: Run, s
     verdict = run("verify", given=json.dumps(came))
     assert verdict["verified"] == [None] * 3
     assert all(isinstance(reason, str) for reason in verdict["refused"])
+
+
+def test_a_chat_with_a_hosted_model_is_answered_at_once(
+    old_python_sdk: Path, site: Site, settings: Any, transactional_db: None
+) -> None:
+    """By the OpenAI-compatible endpoint, with QStash's token for a key."""
+    settings.ROOT_URLCONF = "tests.openai.urls_of_qstash"
+    settings.QSTASH_TOKEN = TOKEN
+    settings.QSTASH_LLM = {
+        **settings.QSTASH_LLM,
+        "OPENAI_TAKES_QSTASH_TOKEN": True,
+        "CHAT_TRANSPORT": None,
+        "PROVIDERS": {"upstash": {"BASE_URL": site.url}, "openai": {"API_KEY": "not-asked-at-all"}},
+    }
+    command = (sys.executable, HERE / "old_sdk.py", "immediate")
+    environment = {"PYTHONPATH": str(old_python_sdk), "SITE": site.url}
+    with wsgi() as url:
+        answers = run_script(*command, url=url, environment=environment)
+    for way in ("create", "prompt"):
+        [choice] = answers[way]["choices"]
+        assert choice["message"]["content"] == "hi to you too."
+        assert answers[way]["usage"]["total_tokens"] == 5
+        said = [each["choices"][0]["delta"]["content"] for each in answers[f"{way} streamed"]]
+        assert said == ["hi", " to you too.", None]
+    assert (
+        list(LLMRequest.objects.values_list("provider", "state", "completion"))
+        == [("upstash", "completed", "hi to you too.")] * 4
+    )
 
 
 def test_other_providers_are_called_at_their_own_urls(run: Run, site: Site) -> None:

@@ -9,7 +9,7 @@ from rest_framework.request import Request
 
 from ...conf import app_settings
 from ...models.api_key import Scope
-from ..asking import choose_provider
+from ..asking import choose_provider, listed_models
 from ..authentication import Caller, caller_of
 from ..refusals import Refusal, no_such_model
 from .base import OpenAIView, door
@@ -43,8 +43,8 @@ def _models(caller: Caller) -> dict[str, str]:
         *conf.prices,
         *(caller.api_key.allowed_models if caller.api_key else ()),
     }
-    for provider, options in conf.providers.items():
-        names |= {f"{provider}/{model}" for model in options.get("MODELS") or ()}
+    for provider, listed in listed_models().items():
+        names |= {f"{provider}/{model}" for model in listed}
     found = {}
     for name in sorted(each for each in names if not each.endswith("*")):
         try:
