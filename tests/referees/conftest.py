@@ -58,6 +58,17 @@ def node_sdk() -> Path:
 
 
 @pytest.fixture(scope="session")
+def node_openai() -> Path:
+    folder = FETCHED / "node_modules" / "openai"
+    if not shutil.which("node"):
+        pytest.skip("openai: node is not on this machine")
+    if not folder.exists():
+        flags = ("--no-save", "--no-audit", "--no-fund", "--prefix", FETCHED)
+        fetched("openai", "npm", "install", *flags, "openai@6")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def old_python_sdk() -> Path:
     folder = FETCHED / "qstash-2.0.5"
     if not folder.exists():
