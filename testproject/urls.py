@@ -8,5 +8,6 @@ urlpatterns = [
     path("", RedirectView.as_view(pattern_name="admin:index")),
     path("admin/", admin.site.urls),
     path("llm/", include("django_qstash_llm.urls")),
+    path("openai/v1/", include("django_qstash_llm.openai.urls")),
     path("qstash/", include("django_qstash_llm.server.urls")),
 ]

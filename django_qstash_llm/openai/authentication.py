@@ -45,7 +45,7 @@ class Caller:
         return self.api_key is None or self.api_key.may_ask(provider, model)
 
     def llm_requests(self) -> LLMRequestQuerySet:
-        """What they asked here. Of others they see nothing."""
+        """Theirs: a key's, or a user's without one. Of others' they see nothing."""
         rows: LLMRequestQuerySet = LLMRequest.objects.filter(api_key=self.api_key, user=self.user)
         return rows
 

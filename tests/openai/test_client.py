@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from django_qstash_llm.models import ApiKey, LLMRequest
 from django_qstash_llm.qstash import Callback
 from tests.conftest import ANSWER
+from tests.test_readme import example
 from tests.wire import FakeQStash, Wire
 
 from .conftest import ASK, EVENTS, PROVIDER, USAGE, Streamed, delta, eventually
@@ -57,6 +58,15 @@ def test_a_completion_is_answered_and_recorded(ai: openai.OpenAI, wire: Wire, ke
     assert (row.state, row.via, row.completion) == ("completed", "chat", "Forty-two.")
     assert row.api_key == ApiKey.objects.get()
     assert key not in str(LLMRequest.objects.values()) + str(ApiKey.objects.values())
+
+
+def test_the_example_of_the_readme_runs_as_it_stands(wsgi_site: str, key: str, wire: Wire) -> None:
+    answers(wire)
+    code = example("from openai import OpenAI")
+    namespace: dict[str, Any] = {}
+    exec(code.replace("https://example.com", wsgi_site).replace("qllm_…", key), namespace)  # noqa: S102
+    assert namespace["completion"].choices[0].message.content == "Forty-two."
+    namespace["client"].close()
 
 
 def test_parameters_pass_through_under_their_own_names(ai: openai.OpenAI, wire: Wire) -> None:
@@ -186,6 +196,19 @@ def test_when_the_client_leaves_the_provider_is_left_too(
     eventually(lambda: LLMRequest.objects.get().state == "cancelled")
     row = LLMRequest.objects.get()
     assert (row.error_code, row.completion) == ("aborted", "Forty")
+
+
+def test_nobody_is_kept_at_work_for_a_client_who_did_not_wait(
+    asgi_site: str, key: str, wire: Wire
+) -> None:
+    never_ending = Streamed(*EVENTS, step=threading.Semaphore(0))
+    wire.hosts[PROVIDER] = lambda request: httpx.Response(200, stream=never_ending)
+    url = f"{asgi_site}/openai/v1"
+    client = openai.OpenAI(base_url=url, api_key=key, timeout=0.5, max_retries=0)
+    with client, pytest.raises(openai.APITimeoutError):
+        client.chat.completions.create(model="gpt-5.4-mini", messages=ASK)
+    eventually(lambda: never_ending.is_closed, seconds=2)
+    eventually(lambda: LLMRequest.objects.get().state == "cancelled")
 
 
 def test_when_the_client_of_a_thread_leaves_the_provider_is_left_at_the_next_chunk(

@@ -76,7 +76,8 @@ def _answer(
         return _begin(llm_request)
     if asked.is_stream:
         return _stream(request, llm_request, kept)
-    answer = chat.complete(llm_request)
+    complete = async_to_sync(chat.acomplete) if _is_asgi(request) else chat.complete
+    answer = complete(llm_request)
     headers = passed_on(answer.headers) | _named(llm_request)
     return HttpResponse(answer.body, status=answer.status, content_type=JSON, headers=headers)
 
@@ -94,15 +95,18 @@ def _begin(llm_request: LLMRequest) -> HttpResponse:
 def _stream(
     request: Request, llm_request: LLMRequest, kept: KeptAnswer | None
 ) -> StreamingHttpResponse:
-    if hasattr(request._request, "scope"):
-        # Under ASGI this view runs in a thread of its own, and only until the answer begins: the
-        # rest is read in the loop, where a reader who waits costs next to nothing.
-        stream: Stream | AsyncStream = async_to_sync(chat.aopen_stream)(llm_request)
-    else:
-        stream = chat.open_stream(llm_request)
+    open_stream = async_to_sync(chat.aopen_stream) if _is_asgi(request) else chat.open_stream
+    stream: Stream | AsyncStream = open_stream(llm_request)
     headers = passed_on(stream.headers) | streaming.HEADERS | _named(llm_request)
     said = streaming.events(stream, kept)
     return StreamingHttpResponse(said, content_type=streaming.EVENTS, headers=headers)
+
+
+def _is_asgi(request: Request) -> bool:
+    """Then this view runs in a thread of its own, whose database connection is let go of, and it is
+    the loop that waits for the provider: there a reader who waits costs next to nothing, and one who
+    leaves is noticed."""
+    return hasattr(request._request, "scope")
 
 
 def _found(request: Request, name: str) -> LLMRequest:
