@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from .. import anthropic
 from ..completions import decompress
 from ..exceptions import UnreadableCompletion
 from ..models import LLMRequest
@@ -54,7 +55,8 @@ def _as_it_was_read(llm_request: LLMRequest) -> dict[str, Any]:
     }
     if llm_request.tool_calls:
         message["tool_calls"] = llm_request.tool_calls
-    finish_reason = llm_request.finish_reason or "stop"
+    reason = llm_request.finish_reason or "stop"
+    finish_reason = anthropic.FINISH_REASONS.get(reason, reason)
     choice = {"index": 0, "message": message, "finish_reason": finish_reason, "logprobs": None}
     return {"choices": [choice], "usage": _usage(llm_request)}
 

@@ -16,6 +16,7 @@ from django.test import Client, override_settings
 from django.utils import timezone
 
 from django_qstash_llm.models import ApiKey, KeptAnswer, LLMRequest
+from django_qstash_llm.qstash import Callback
 from django_qstash_llm.tasks import sweep
 from tests.conftest import ANSWER
 from tests.server.conftest import at_once
@@ -382,6 +383,46 @@ def test_models_are_those_that_the_caller_may_ask(get: Any) -> None:
     _, key = ApiKey.objects.issue("k", allowed_models=["meta/*"])
     assert get("/openai/v1/models/meta/tiny", key).json()["id"] == "meta/tiny"
     refused(get("/openai/v1/models/openai/gpt-9", key), 404, "model_not_found", "model")
+
+
+# --- Anthropic -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_background", [False, True])
+def test_a_provider_with_words_of_its_own_answers_in_openais(
+    post: Post,
+    get: Any,
+    wire: Wire,
+    qstash: FakeQStash,
+    post_callback: Callable[..., Any],
+    is_background: bool,
+) -> None:
+    message = {
+        "id": "msg_1",
+        "type": "message",
+        "role": "assistant",
+        "model": "claude-haiku-4-5",
+        "content": [
+            {"type": "text", "text": "Let me look."},
+            {"type": "tool_use", "id": "t1", "name": "f", "input": {"x": 1}},
+        ],
+        "stop_reason": "tool_use",
+        "usage": {"input_tokens": 9, "output_tokens": 3},
+    }
+    wire.hosts["anthropic.test"] = lambda request: httpx.Response(200, json=message)
+    body = {**BODY, "model": "anthropic/claude-haiku-4-5", "background": is_background}
+    answer = post(body).json()
+    if is_background:
+        content = json.dumps(message).encode()
+        row = LLMRequest.objects.get()
+        post_callback(row, Callback(status=200, body=content, source_message_id="msg_1"))
+        answer = get(f"{COMPLETIONS}/{answer['id']}").json()
+    [choice] = answer["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"]["content"] == "Let me look."
+    [call] = choice["message"]["tool_calls"]
+    assert (call["function"]["name"], json.loads(call["function"]["arguments"])) == ("f", {"x": 1})
+    assert answer["usage"]["total_tokens"] == 12
 
 
 # --- the same again ------------------------------------------------------------------------------
