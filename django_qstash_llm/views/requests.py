@@ -17,11 +17,11 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 
 from ..conf import app_settings
+from ..door import OwnView, SiteSession, is_staff_who_may_view, outside_transactions
 from ..models import CallbackResponse, LLMRequest
 from ..models.attempt import Attempt
 from ..models.callback import Kind
 from ..models.forgetting import FULL
-from ..door import OwnView, SiteSession, is_staff_who_may_view, outside_transactions
 
 logger = logging.getLogger(__name__)
 
