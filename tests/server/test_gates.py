@@ -362,6 +362,17 @@ def test_an_overloaded_provider_is_asked_by_one(
     assert engine.deliver_due() == 1
 
 
+def test_it_is_not_always_the_same_one_that_finds_out(
+    api: Api, engine: Engine, wire: Wire, clock: Clock
+) -> None:
+    wire.answers(httpx.Response(503))
+    ids = [asked(api, Upstash_Retry_Delay="1") for _ in range(3)]
+    for _ in range(3):
+        engine.deliver_due()
+        clock.advance(10)
+    assert [request.headers["Upstash-Message-Id"] for request in wire.to(PROVIDER)] == ids
+
+
 def test_a_fault_is_retried_as_qstash_does(
     api: Api, engine: Engine, wire: Wire, clock: Clock
 ) -> None:

@@ -191,10 +191,19 @@ class Claim:
             for gate in held.values():
                 room = min(gate.free(self.now), most - len(firsts))
                 if room > 0:
-                    firsts += _locked(gate.mine.at_their_gate().order_by("pk"), room)
+                    firsts += _locked(self._next_at(gate), room)
             keys = self._keys_of(firsts)
             passing = self._let_through(self._with_room_at(keys, firsts), held)
             self._count(self._take(passing, held), keys)
+
+    def _next_at(self, gate: Gate) -> MessageQuerySet:
+        """In their order. But whoever finds out whether a provider is back may lose a retry by it:
+        that is not to be the same one each time."""
+        waiting = gate.mine.at_their_gate().order_by("pk")
+        if gate.finds_out_whether_it_is_back:
+            firsts = waiting.values_list("retried", "pk")[:MOST_AT_A_GLANCE]
+            waiting = waiting.filter(pk=min(firsts, default=(0, 0))[1])
+        return waiting
 
     def _keys_of(self, firsts: Sequence[Locked]) -> dict[int, FlowControlKey]:
         pks = {each.flow_control for each in firsts if each.flow_control}

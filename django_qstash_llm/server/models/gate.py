@@ -194,6 +194,12 @@ class Gate(models.Model):
             )
         return self._counts
 
+    @property
+    def finds_out_whether_it_is_back(self) -> bool:
+        """Whether one call goes next, to a provider that failed."""
+        pace = self.pacing
+        return conf.current().gates and pace.is_probing and (pace.is_overloaded or pace.faults > 0)
+
     def begin(self, rows: Sequence[Message], *, now: datetime) -> None:
         """These begin now."""
         self.in_flight(now)["in_flight"] += len(rows)
