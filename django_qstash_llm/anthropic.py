@@ -122,7 +122,8 @@ def _block(part: Any) -> Any:
 
 
 def _parameters(parameters: Mapping[str, Any]) -> Json:
-    fields = dict(parameters)
+    # OpenAI's clients send null for what is left out.
+    fields = {name: value for name, value in parameters.items() if value is not None}
     fields.pop("stream_options", None)  # usage comes unasked
     if "max_completion_tokens" in fields:
         fields["max_tokens"] = fields.pop("max_completion_tokens")

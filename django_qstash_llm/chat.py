@@ -54,6 +54,8 @@ _NOTHING: Within = nullcontext()
 
 KEPT_FOR = 30.0
 """Seconds that an unused connection is kept."""
+END_AGAIN_AFTER = (0.0, 0.1, 0.3, 1.0, 2.0)
+"""Seconds after each failure to write down how a call ended, until it is tried again."""
 LAST_WORDS = 1.0
 """Seconds that the end of a response may take once its stream has said ``[DONE]``; a connection is
 kept only if it was read to its end."""
@@ -342,10 +344,23 @@ class Call:
         try:
             self.llm_request.end(decide)
         except (InterfaceError, OperationalError):
-            if connection.in_atomic_block or connection.is_usable():
+            if connection.in_atomic_block:
                 raise
-            connection.close()
-            self.llm_request.end(decide)
+            self._end_at_last(decide)
+
+    def _end_at_last(self, decide: Callable[[LLMRequest], Changes]) -> None:
+        """An answer that was paid for is in hand: a lock that others hold, or a connection that has
+        gone stale, is not to lose it. Guarded, so that twice is once."""
+        connection = connections[self.using]
+        for pause in END_AGAIN_AFTER:
+            if not connection.is_usable():
+                connection.close()
+            try:
+                self.llm_request.end(decide)
+                return
+            except (InterfaceError, OperationalError):
+                time.sleep(pause)
+        self.llm_request.end(decide)
 
     def let_go(self, *, always: bool = False) -> None:
         """Hold no connection to the database while waiting: none of a pool's, which others wait for,

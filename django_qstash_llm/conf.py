@@ -111,7 +111,7 @@ class AppSettings:
     health_token: str = field(default="", repr=False)
     """Who shows it as a bearer token sees the figures of the health page; 16 characters or more.
     Empty, only the staff does."""
-    chat_timeout: float = 600.0
+    chat_timeout: float = 540.0
     """Seconds for a whole answer of the Chat API, for a request that names none."""
     chat_connect_timeout: float = 5.0
     """Seconds of them to be connected to the provider."""

@@ -102,6 +102,14 @@ class Events:
             self._data = []
 
 
+def _text_of(content: Any) -> str:
+    """Of a text, or of Mistral's list of parts."""
+    if isinstance(content, list):
+        parts = [part.get("text") for part in content if isinstance(part, dict)]
+        return "".join(part for part in parts if isinstance(part, str))
+    return content if isinstance(content, str) else ""
+
+
 @dataclass
 class _Choice:
     """One of the answers (``n``) as far as it came."""
@@ -113,7 +121,7 @@ class _Choice:
 
     def add(self, delta: Mapping[str, Any]) -> str:
         """What it adds to the text."""
-        text, refusal = delta.get("content"), delta.get("refusal")
+        text, refusal = _text_of(delta.get("content")), delta.get("refusal")
         if isinstance(refusal, str):
             self.refusals.append(refusal)
         calls = delta.get("tool_calls")
@@ -121,9 +129,8 @@ class _Choice:
             if isinstance(call, dict):
                 # Some leave the index out, where there is one call in each chunk.
                 self._add_call(call.get("index", call.get("id") or position), call)
-        if not isinstance(text, str) or not text:
-            return ""
-        self.texts.append(text)
+        if text:
+            self.texts.append(text)
         return text
 
     def _add_call(self, index: Any, call: dict[str, Any]) -> None:
@@ -210,10 +217,11 @@ class StreamReader:
         """Tokens as the provider counted them, or else as we estimate them."""
         usage = self._translator.usage if self._translator else self._usage
         said = -(-sum(choice.size for choice in self._choices.values()) // BYTES_PER_TOKEN)
-        if self._translator and usage and not self.is_complete:
+        if usage and not self.is_complete:
             # Counted when it began: of the output next to nothing.
             output = max(said, read_usage(usage).output_tokens or 0)
-            return {**usage, "output_tokens": output, "estimated": True}
+            name = "output_tokens" if self._translator else "completion_tokens"
+            return {**usage, name: output, "estimated": True}
         if usage and read_usage(usage) != Usage():
             return dict(usage)
         asked = -(-self._asked_bytes // BYTES_PER_TOKEN)

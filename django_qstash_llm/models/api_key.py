@@ -138,8 +138,15 @@ class ApiKey(models.Model):
         return self.user is None or bool(getattr(self.user, "is_active", True))
 
     def may_ask(self, provider: str, model: str) -> bool:
-        names = (model, f"{provider}/{model}")
-        return not self.allowed_models or any(_matches(each, names) for each in self.allowed_models)
+        """``openai/gpt-*`` is that of the provider ``openai``, ``gpt-*`` anybody's: some providers'
+        models have a slash in their names, and are not the provider that they begin with."""
+        if not self.allowed_models:
+            return True
+        named = {*app_settings().providers, "upstash", provider}
+        return any(
+            _matches(each, f"{provider}/{model}" if each.partition("/")[0] in named else model)
+            for each in self.allowed_models
+        )
 
     def count_call(self, *, now: datetime) -> bool:
         """Whether this call is within the key's rate; if so it is counted.
@@ -186,10 +193,8 @@ def _either(condition: Q, value: Any, other: Any, field: models.Field[Any, Any])
     return Case(When(condition, then=Value(value)), default=other, output_field=field)
 
 
-def _matches(pattern: str, names: tuple[str, ...]) -> bool:
-    if pattern.endswith("*"):
-        return any(name.startswith(pattern[:-1]) for name in names)
-    return pattern in names
+def _matches(pattern: str, name: str) -> bool:
+    return name.startswith(pattern[:-1]) if pattern.endswith("*") else name == pattern
 
 
 def _check_texts(name: str, value: Any, *, among: list[str] | None = None) -> None:

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Mapping
 
+from django.core.exceptions import PermissionDenied
 from django.db import InterfaceError, OperationalError
 from django.http import Http404, HttpResponse
 from rest_framework.exceptions import APIException
@@ -66,6 +67,8 @@ def as_refusal(error: Exception) -> Refusal:
         return Refusal(409, "illegal_state", str(error))
     if isinstance(error, Http404):
         return Refusal(404, "not_found", "There is no such thing.")
+    if isinstance(error, PermissionDenied):
+        return Refusal(403, "permission_denied", "That is not for you.")
     if isinstance(error, APIException):
         return _of_framework(error)
     # Of the rest the reasons are for the operator.

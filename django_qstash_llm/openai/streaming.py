@@ -40,10 +40,12 @@ def _events(stream: Stream, kept: KeptAnswer | None) -> Iterator[bytes]:
             for chunk in stream:
                 if not chunk.is_extra:
                     yield said.event(chunk.data)
-            yield said.note(_DONE)
+            last = said.note(_DONE)
         except ChatFailed as error:
-            yield said.event(as_refusal(error).body)
+            last = said.event(as_refusal(error).body)
+    # First: many leave as soon as they have heard the last word.
     said.keep()
+    yield last
 
 
 class AsyncEvents:
@@ -59,10 +61,12 @@ class AsyncEvents:
             async for chunk in self._stream:
                 if not chunk.is_extra:
                     yield said.event(chunk.data)
-            yield said.note(_DONE)
+            last = said.note(_DONE)
         except ChatFailed as error:
-            yield said.event(as_refusal(error).body)
+            last = said.event(as_refusal(error).body)
+        # First: many leave as soon as they have heard the last word.
         await sync_to_async(said.keep)()
+        yield last
 
     def close(self) -> None:
         """Django calls it when the response is at its end, however it came to it: a reader may leave

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from django.conf import settings
 
+from ..cleaning import clean_text
 from ..qstash import Message as WireMessage
 from ..qstash.message import HOSTED_LLM
 from . import conf
@@ -66,6 +67,7 @@ def meter(message: WireMessage) -> Metered | None:
     model = asked.get("model")
     # Google's and Azure's name it in the path.
     name = model if isinstance(model, str) and model else urlsplit(message.destination).path
+    name = clean_text(name, limit=255)
     subject = Subject(host[:253], group_of(host, name)[:255], _fingerprint(credential))
     return Metered(subject, Charge(_input_tokens(message.body), _output_tokens(asked)))
 
@@ -125,10 +127,11 @@ def group_of(host: str, model: str) -> str:
 def caps_of(host: str, group: str) -> Caps:
     """What the settings allow at most."""
     said = _said_of(host, group)
+    # What the system check refuses holds nobody where nobody ran it.
     return Caps(
-        requests_per_minute=said.get("RPM"),
-        tokens_per_minute=said.get("TPM"),
-        concurrency=said.get("CONCURRENCY"),
+        requests_per_minute=said.get("RPM") or None,
+        tokens_per_minute=said.get("TPM") or None,
+        concurrency=said.get("CONCURRENCY") or None,
     )
 
 

@@ -19,6 +19,8 @@ from ..limits import HOUR, MINUTE, Limit, Reading, Trouble
 FIRST_WINDOW = 8.0
 """Calls at once to a provider of which no limit is known."""
 MOST_IN_WINDOW = 10_000.0
+MOST_BUCKETS = 16
+"""Limits of one provider that are kept: their names are its own."""
 SETTLED = 2.0
 """Seconds after which a call that was not refused is taken to be let in: refusals come at once. It
 takes no place in the window any more, and if it was to find out, nobody waits for it."""
@@ -46,6 +48,8 @@ CAUTION = 0.99
 call costs more than a late one."""
 GROWTH = 0.02
 """By which a measured rate grows per second, or nobody would notice that more is let in."""
+MEASURED_FOR = 600.0
+"""Seconds after the last refusal in which a measured rate counts."""
 EASE = 0.95
 """Of a rate that was measured we use this much: exactly at it, every second call is refused."""
 DECREASE = 0.7
@@ -156,7 +160,7 @@ class Measured:
         if self.rate is None:
             return
         seconds = max(0.0, now - self.at)
-        grown = self.rate * math.exp(GROWTH * seconds)
+        grown = min(self.rate * math.exp(GROWTH * min(seconds, MINUTE)), MOST_IN_WINDOW)
         self.level = min(max(1.0, grown), self.level + (self.rate + grown) / 2 * seconds)
         self.rate, self.at = grown, max(now, self.at)
 
@@ -239,7 +243,9 @@ class Pace:
             measured = values["measured"]
             before = measured.get("before")
             values["measured"] = Measured(**{**measured, "before": before and tuple(before)})
-        return cls(**values)
+        # Another version may have kept more.
+        known = cls.__dataclass_fields__
+        return cls(**{name: value for name, value in values.items() if name in known})
 
     # --- before a call -----------------------------------------------------------------------
 
@@ -264,6 +270,8 @@ class Pace:
         """
         if now < self.blocked_until:
             return 0
+        if self.measured is not None and now - self.measured.since > MEASURED_FOR:
+            self.measured = None
         if in_flight and now - self.begun_at < SPACING - _LITTLE:
             return 0
         # Who looks seldom may let as many go as would have gone by now.
@@ -272,7 +280,7 @@ class Pace:
             free = min(free, self.most - in_flight)
         if self.is_probing:
             is_out = self.probe_at is not None and now - self.probe_at < SETTLED
-            return 0 if is_out else min(1, free)
+            return 0 if is_out else max(0, min(1, free))
         if self._has_window:
             free = min(free, int(self.window) - (in_flight - settled))
         if self.measured is not None and self.measured.rate is not None:
@@ -336,7 +344,11 @@ class Pace:
         for charge in charges:
             for name in COUNTED:
                 self.sent[name] += charge.of(name)
-            for name, bucket in self._all_buckets():
+            for name, bucket in self.own.items():
+                bucket.refill(now)
+                # The site's own word holds, however large a call is: all others wait for it.
+                bucket.level -= min(charge.of(name), bucket.rate * HOUR)
+            for name, bucket in self.buckets.items():
                 bucket.refill(now)
                 # One call over the limit is not to shut out all others for many periods.
                 bucket.level = max(-bucket.limit, bucket.level - charge.of(name))
@@ -482,6 +494,10 @@ class Pace:
         until = now + wait + jitter(0.02, 0.05 + min(1.0, wait * 0.05))
         self.blocked_until = max(self.blocked_until, until)
 
+    def find_out(self) -> None:
+        """One call next, whatever is known."""
+        self.is_probing, self.probe_at = True, None
+
     def _believe(
         self,
         name: str,
@@ -493,7 +509,7 @@ class Pace:
         mark: Mark | None,
     ) -> None:
         bucket = self.buckets.get(name)
-        if limit.remaining is None:
+        if limit.remaining is None or (bucket is None and len(self.buckets) >= MOST_BUCKETS):
             return
         if bucket is not None and not bucket.period:
             bucket.refill(now)
@@ -511,7 +527,7 @@ class Pace:
             return
         bucket.refill(now)
         if mark is None:
-            bucket.level = min(bucket.level, limit.remaining)
+            bucket.level = max(-bucket.limit, min(bucket.level, limit.remaining))
             return
         # What the provider had counted when it said this we know but for the calls that were sent
         # since, and the others of its group, which may have arrived in any order.
@@ -519,7 +535,8 @@ class Pace:
         least = limit.remaining - (self.sent[counted] - mark.before[counted])
         most = limit.remaining - (self.sent[counted] - mark.after[counted])
         most += (now - began) * bucket.rate
-        bucket.level = min(max(bucket.level, least), max(most, least))
+        level = min(max(bucket.level, least), max(most, least))
+        bucket.level = max(-bucket.limit, min(bucket.limit, level))
 
 
 def _refilling(

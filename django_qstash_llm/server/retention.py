@@ -22,5 +22,6 @@ def purge(now: datetime) -> bool:
         Deduplication.objects.purge(now=now),
     ]
     FlowControlKey.objects.purge(before=finished_before)
-    Gate.objects.purge(before=finished_before)
+    # Not before their messages are gone, of which there may be millions.
+    Gate.objects.purge(before=min(told_before, finished_before))
     return any(are_left)

@@ -622,7 +622,7 @@ def test_unused_gates_are_forgotten(api: Api, engine: Engine, clock: Clock) -> N
     asked(api)
     engine.deliver_due()
     waiting = asked(api, CHAT | {"model": "other"}, Upstash_Delay="5d")
-    Gate.objects.update(updated_at=timezone.now() - timedelta(days=3))
+    Gate.objects.update(updated_at=timezone.now() - timedelta(days=15))
     retention.purge(clock())
     assert [gate.group for gate in Gate.objects.all()] == ["other"]
     assert Message.objects.get(message_id=waiting).gate is not None
@@ -666,3 +666,74 @@ def test_an_app_resumes_by_the_api_what_had_no_credit(
     assert sorted(Gate.objects.filter(is_paused=True).values_list("group", flat=True)) == [
         "by hand"
     ]
+
+
+@pytest.mark.parametrize("model", ["\ud800", "a\x00b", "m" * 5000])
+def test_a_models_name_that_no_database_takes_is_cleaned(api: Api, model: str) -> None:
+    body = json.dumps(CHAT | {"model": model}).encode()
+    api.published(PROVIDER, body, Upstash_Forward_Authorization=KEY)
+    assert only_gate().group
+
+
+def test_one_that_is_always_refused_holds_up_nobody(
+    api: Api, engine: Engine, wire: Wire, clock: Clock
+) -> None:
+    bad = asked(api, CHAT | {"max_tokens": 9999})
+    good = [asked(api) for _ in range(3)]
+    wire.answer = lambda request: (
+        httpx.Response(429, headers={"Retry-After": "1"})
+        if b"9999" in request.content
+        else httpx.Response(200)
+    )
+    for _ in range(12):
+        engine.deliver_due()
+        clock.advance(120)
+    assert all(state(message_id) == "DELIVERED" for message_id in good)
+    assert state(bad) == "RETRY"
+
+
+def test_a_resumed_gate_finds_out_by_one_call(
+    api: Api, engine: Engine, wire: Wire, clock: Clock
+) -> None:
+    known(clock, api)
+    only_gate().pause(now=clock())
+    for _ in range(5):
+        asked(api)
+    only_gate().resume(now=clock())
+    wire.answers(httpx.Response(402))
+    clock.advance(1)
+    assert engine.deliver_due() == 1
+    assert only_gate().is_paused
+    assert DeadLetter.objects.count() == 1
+
+
+def test_another_model_of_a_key_without_credit_is_paused_from_the_first(
+    api: Api, engine: Engine, wire: Wire
+) -> None:
+    wire.answers(httpx.Response(402, json={"error": {"message": "pay first"}}))
+    asked(api)
+    engine.deliver_due()
+    asked(api, CHAT | {"model": "other"})
+    assert engine.deliver_due() == 0
+    assert Gate.objects.get(group="other").words == "pay first"
+
+
+def test_what_a_person_paused_stays_so_whatever_is_answered(api: Api, clock: Clock) -> None:
+    known(clock, api)
+    asked(api)
+    clock.advance(1)
+    (flying,) = claim(clock)
+    only_gate().pause(now=clock())
+    flying.record(Outcome(status=429), now=clock())
+    assert only_gate().trouble == ""
+    assert api.post("/v2/gates/resume?host=provider.test").json() == {"resumed": 0}
+
+
+def test_gates_switched_off_hold_nobody_whom_a_pause_held(
+    api: Api, clock: Clock, configure: Callable[..., None]
+) -> None:
+    message_id = asked(api)
+    only_gate().pause(now=clock())
+    assert claim(clock) == []
+    configure(GATES=False)
+    assert [row.message_id for row in claim(clock)] == [message_id]

@@ -409,3 +409,37 @@ def test_whatever_is_answered_somebody_goes_in_the_end(
         now = at
     else:
         pytest.fail("nobody may ever go again")
+
+
+def test_a_quiet_night_makes_no_measured_rate_endless() -> None:
+    pace = drain(Refilling(600, has_headers=False), 900).pace
+    assert pace.measured is not None
+    quiet = pace.measured.since + 10 * 3600
+    assert free(pace, quiet) <= 2 * FIRST_WINDOW
+    assert pace.measured is None
+
+
+def test_one_call_over_all_limits_shuts_nobody_out_for_long() -> None:
+    pace = Pace()
+    told = {"x-ratelimit-limit-tokens": "10000", "x-ratelimit-remaining-tokens": "9000",
+            "x-ratelimit-reset-tokens": "6s"}  # fmt: skip
+    mark = pace.begin([Charge(10)], now=0.0)
+    pace.begin([Charge(10, 2**31 - 1)], now=3.0)
+    pace.learn(read(200, told, b"", now=4.0), now=4.0, began=0.0, mark=mark, in_flight=1)
+    assert pace.next_at(Charge(10), now=4.0) < 4.0 + 120
+
+
+def test_the_sites_own_tokens_hold_for_calls_of_more_than_a_seconds_worth() -> None:
+    pace, now, spent = Pace(), 0.0, 0.0
+    let_in(pace, 0.0)
+    pace.cap(Caps(tokens_per_minute=60_000), now=0.0)
+    while now < 600:
+        if pace.fitting([Charge(4000)], now=now, **NONE_IN_FLIGHT):
+            pace.begin([Charge(4000)], now=now)
+            spent += 4000
+        now += 0.1
+    assert spent <= 1.02 * 600_000
+
+
+def test_what_another_version_kept_is_passed_over() -> None:
+    assert Pace.from_json({**Pace().to_json(), "of_tomorrow": 1}) == Pace()

@@ -8,6 +8,7 @@ from django.http import HttpResponseBase, JsonResponse
 from rest_framework.request import Request
 
 from ...conf import app_settings
+from ...exceptions import ConfigurationError
 from ...models.api_key import Scope
 from ..asking import choose_provider, listed_models
 from ..authentication import Caller, caller_of
@@ -49,7 +50,8 @@ def _models(caller: Caller) -> dict[str, str]:
     for name in sorted(each for each in names if not each.endswith("*")):
         try:
             provider, _model = choose_provider(caller, name)
-        except Refusal:
+        except (Refusal, ConfigurationError):
+            # One that is set up wrongly keeps nobody from the others.
             continue
         found[name] = provider
     return found

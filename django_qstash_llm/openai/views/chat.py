@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from uuid import UUID
 
 from asgiref.sync import async_to_sync
-from django.db import router
+from django.db import DatabaseError, router
 from django.http import HttpResponse, HttpResponseBase, JsonResponse, StreamingHttpResponse
 from rest_framework.request import Request
 
@@ -21,6 +22,8 @@ from ..authentication import caller_of
 from ..refusals import JSON, Refusal, as_refusal, passed_on
 from ..told import as_completion
 from .base import OpenAIView, door
+
+logger = logging.getLogger(__name__)
 
 
 class ChatCompletionsView(OpenAIView):
@@ -47,7 +50,11 @@ class ChatCompletionsView(OpenAIView):
                 kept.let_go()
             raise refusal from error
         if isinstance(response, HttpResponse):
-            kept.keep(response.status_code, response.content, JSON)
+            try:
+                kept.keep(response.status_code, response.content, JSON)
+            except DatabaseError as error:
+                # It has been paid for, and its row tells it again.
+                logger.error("An answer is given and not kept: %s", type(error).__name__)
         return response
 
 
@@ -76,7 +83,9 @@ def _answer(
         return _begin(llm_request)
     if asked.is_stream:
         return _stream(request, llm_request, kept)
-    complete = async_to_sync(chat.acomplete) if _is_asgi(request) else chat.complete
+    # Who brought a key will come back for the answer, and is not to pay for it twice.
+    may_leave = _is_asgi(request) and kept is None
+    complete = async_to_sync(chat.acomplete) if may_leave else chat.complete
     answer = complete(llm_request)
     headers = passed_on(answer.headers) | _named(llm_request)
     return HttpResponse(answer.body, status=answer.status, content_type=JSON, headers=headers)

@@ -200,6 +200,9 @@ class Claim:
         """In their order. But whoever finds out whether a provider is back may lose a retry by it:
         that is not to be the same one each time."""
         waiting = gate.mine.at_their_gate().order_by("pk")
+        if not self.takes_suspect:
+            # They would take the places of those behind them.
+            waiting = waiting.trusted()
         if gate.finds_out_whether_it_is_back:
             firsts = waiting.values_list("retried", "pk")[:MOST_AT_A_GLANCE]
             waiting = waiting.filter(pk=min(firsts, default=(0, 0))[1])
@@ -414,6 +417,9 @@ def _gates_with_room(messages: MessageQuerySet, now: datetime) -> models.QuerySe
     gated = messages.at_their_gate().order_by("gate_id", "pk")
     if not gated.values_list("pk", flat=True)[:1]:
         return Gate.objects.none()
+    if not conf.current().gates:
+        # Switched off, they hold nobody.
+        return Gate.objects.waited_at()
     return Gate.objects.with_room(now)
 
 

@@ -86,10 +86,12 @@ def record(
                 won.append((message, outcome, state == Message.State.CANCEL_REQUESTED))
             else:
                 lost.append(message)
-        endings = _Endings(now, _Gates(message for message, *_ in won))
+        gates = _Gates(message for message, *_ in won)
+        endings = _Endings(now, gates)
         for message, outcome, is_cancelled in won:
             endings.add(message, outcome, is_cancelled=is_cancelled)
         adopted = endings.write(adoption)
+    gates.pause_the_broke(now=now)
     return Recorded(lost, adopted)
 
 
@@ -101,7 +103,7 @@ class _Gates:
         pks = {message.gate_id for message in messages if message.gate_id is not None}
         rows = Gate.objects.filter(pk__in=pks).order_by("pk")
         self._gates = {row.pk: row for row in rows.select_for_update(no_key=True)} if pks else {}
-        self._broke: dict[int, tuple[Gate, Message]] = {}
+        self._broke: dict[int, tuple[Gate, Message, Reading]] = {}
 
     def learn(self, message: Message, outcome: Outcome, *, now: datetime) -> Reading | None:
         """What this outcome says of its provider's limits; None of a message that has no gate."""
@@ -111,7 +113,7 @@ class _Gates:
         reading = read(outcome.status, outcome.first_values, outcome.body, now=now.timestamp())
         gate.learn(message, reading, now=now)
         if reading.trouble is Trouble.MONEY:
-            self._broke[gate.pk] = gate, message
+            self._broke[gate.pk] = gate, message, reading
         return reading
 
     def opens_at(self, message: Message) -> datetime:
@@ -121,8 +123,11 @@ class _Gates:
         for gate in self._gates.values():
             gate.look(now=now)
             gate.store(now=now)
-        for gate, message in self._broke.values():
-            gate.pause_for_money(message, now=now)
+
+    def pause_the_broke(self, *, now: datetime) -> None:
+        """After the rest is written: of one key all gates are locked, whoever has them."""
+        for gate, message, reading in self._broke.values():
+            gate.pause_for_money(message, reading, now=now)
 
 
 class _Endings:

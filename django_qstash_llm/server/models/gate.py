@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -16,6 +17,8 @@ from ..pacing import SETTLED, Charge, Mark, Pace
 
 if TYPE_CHECKING:
     from .message import Message, MessageQuerySet
+
+logger = logging.getLogger(__name__)
 
 LONGEST_WORDS = 500
 
@@ -52,23 +55,42 @@ class GateQuerySet(models.QuerySet["Gate"]):
                 for subject in missing
             )
             self.bulk_create(fresh, ignore_conflicts=True)
+            self._pause_as_their_siblings(missing, account, now)
             found = self._known(wanted, account)
         return found
+
+    def _pause_as_their_siblings(
+        self, subjects: Iterable[Subject], account: str, now: datetime
+    ) -> None:
+        """A key without credit has none for another model either."""
+        for host, credential in {(each.host, each.credential) for each in subjects}:
+            rows = self.filter(account=account, host=host, credential=credential)
+            broke = rows.filter(is_paused=True, trouble=Trouble.MONEY).values_list("words").first()
+            if broke:
+                # Those that nothing is known of: the others were resumed.
+                rows.filter(is_paused=False, pace={}, resumed_at=None).update(
+                    **_without_credit(broke[0], now)
+                )
 
     def _known(self, wanted: set[Subject], account: str) -> dict[Subject, Gate]:
         rows = self.filter(
             account=account,
             host__in={each.host for each in wanted},
             group__in={each.group for each in wanted},
+            credential__in={each.credential for each in wanted},
         )
         return {row.subject: row for row in rows if row.subject in wanted}
 
-    def waited_for(self) -> GateQuerySet:
-        """Gates at which somebody waits whom no pause holds."""
+    def waited_at(self) -> GateQuerySet:
+        """Gates at which somebody waits."""
         from .message import Message
 
         waiting = Message.objects.at_their_gate().filter(gate=OuterRef("pk"))
-        return self.filter(waiting.first_exists(), is_paused=False)
+        return self.filter(waiting.first_exists())
+
+    def waited_for(self) -> GateQuerySet:
+        """Gates at which somebody waits whom no pause holds."""
+        return self.waited_at().filter(is_paused=False)
 
     def with_room(self, now: datetime) -> GateQuerySet:
         """Gates at which somebody waits and a call may begin, at a glance: nothing is locked."""
@@ -152,8 +174,13 @@ class Gate(models.Model):
 
     @cached_property
     def pacing(self) -> Pace:
-        """``pace``, to be changed with the row locked and stored by ``_store``."""
-        return Pace.from_json(self.pace)
+        """``pace``, to be changed with the row locked and stored by ``store``."""
+        try:
+            return Pace.from_json(self.pace)
+        except (TypeError, ValueError, KeyError):
+            # Of another version: nobody is to wait for what it meant.
+            logger.exception("what gate %s learnt cannot be read, and is learnt anew", self.pk)
+            return Pace()
 
     @property
     def blocked_until(self) -> datetime:
@@ -167,10 +194,10 @@ class Gate(models.Model):
 
     def free(self, now: datetime) -> int:
         """How many calls may begin now, whatever tokens they take."""
-        if self.is_paused:
-            return 0
         if not conf.current().gates:
             return 2**31
+        if self.is_paused:
+            return 0
         self.pacing.cap(metering.caps_of(self.host, self.group), now=now.timestamp())
         return self.pacing.free(now=now.timestamp(), **self.in_flight(now))
 
@@ -198,7 +225,9 @@ class Gate(models.Model):
     def finds_out_whether_it_is_back(self) -> bool:
         """Whether one call goes next, to a provider that failed."""
         pace = self.pacing
-        return conf.current().gates and pace.is_probing and (pace.is_overloaded or pace.faults > 0)
+        # Also one that refuses again and again: it may be what the first of them asks.
+        is_in_doubt = pace.is_overloaded or pace.faults > 0 or pace.strikes > 1
+        return conf.current().gates and pace.is_probing and is_in_doubt
 
     def begin(self, rows: Sequence[Message], *, now: datetime) -> None:
         """These begin now."""
@@ -248,25 +277,25 @@ class Gate(models.Model):
         )
         self.refused += reading.trouble in _REFUSALS
         self.let_in += reading.trouble is None
-        if reading.trouble is not None and reading.trouble is not Trouble.FAULT:
+        if not self.is_paused and reading.trouble not in {None, Trouble.FAULT}:
             self.trouble, self.troubled_at = reading.trouble, now
             self.words = message.without_credentials(in_words(reading))[:LONGEST_WORDS]
 
-    def pause_for_money(self, message: Message, *, now: datetime) -> None:
+    def pause_for_money(self, message: Message, reading: Reading, *, now: datetime) -> None:
         """The key has no credit: nothing more goes out with it, whichever model it asks, until a
         person resumes it. What was begun before that person did says nothing new."""
         began = message.claimed_at or now
-        same_key = Gate.objects.filter(
-            account=self.account, host=self.host, credential=self.credential, is_paused=False
-        )
-        same_key.filter(Q(resumed_at=None) | Q(resumed_at__lte=began)).update(
-            is_paused=True,
-            paused_at=now,
-            trouble=Trouble.MONEY,
-            words=self.words,
-            troubled_at=now,
-            updated_at=now,
-        )
+        with transaction.atomic():
+            # In everybody's order: two of the key's models may find out at the same moment.
+            same_key = self.of_the_same_key().filter(is_paused=False).order_by("pk")
+            pks = list(same_key.select_for_update(no_key=True).values_list("pk", flat=True))
+            not_since = Q(resumed_at=None) | Q(resumed_at__lte=began)
+            Gate.objects.filter(not_since, pk__in=pks).update(
+                **_without_credit(message.without_credentials(in_words(reading)), now)
+            )
+
+    def of_the_same_key(self) -> GateQuerySet:
+        return Gate.objects.filter(account=self.account, host=self.host, credential=self.credential)
 
     # --- by hand -------------------------------------------------------------------------------
 
@@ -275,7 +304,21 @@ class Gate(models.Model):
         self._change(now=now, is_paused=True, paused_at=now, trouble="", words="")
 
     def resume(self, *, now: datetime) -> None:
-        self._change(now=now, is_paused=False, resumed_at=now, trouble="", words="", opens_at=now)
+        """Go on, with one call at first: what was wrong may still be."""
+        with transaction.atomic():
+            row = Gate.objects.select_for_update(no_key=True).filter(pk=self.pk).first()
+            if row is None:
+                return
+            row.pacing.find_out()
+            self._change(
+                now=now,
+                pace=row.pacing.to_json(),
+                is_paused=False,
+                resumed_at=now,
+                trouble="",
+                words="",
+                opens_at=now,
+            )
 
     def reset(self, *, now: datetime) -> None:
         """Forget all that was learnt: as if nothing had ever been sent."""
@@ -285,6 +328,17 @@ class Gate(models.Model):
         Gate.objects.filter(pk=self.pk).update(**values, updated_at=now)
         # There may be more room now.
         transaction.on_commit(doorbell.ring, robust=True)
+
+
+def _without_credit(words: str, now: datetime) -> dict[str, Any]:
+    return {
+        "is_paused": True,
+        "paused_at": now,
+        "trouble": Trouble.MONEY,
+        "words": words[:LONGEST_WORDS],
+        "troubled_at": now,
+        "updated_at": now,
+    }
 
 
 _REFUSALS = {Trouble.RATE, Trouble.DAILY, Trouble.OVERLOAD, Trouble.MONEY}
