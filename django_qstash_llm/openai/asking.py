@@ -29,6 +29,10 @@ _NOT_TAKEN = {
 }
 
 
+# By which some gateways are told to ask other models than the one that is named.
+_OTHER_MODELS = {"fallbacks", "models"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Asked:
     """A call of ``chat/completions``."""
@@ -63,6 +67,9 @@ def read(request: Request) -> Asked:
     body, caller = object_of(request), caller_of(request)
     for name in sorted(_NOT_TAKEN & body.keys()):
         raise invalid(name, "providers and their keys are this server's own")
+    if caller.api_key is not None and caller.api_key.allowed_models:
+        for name in sorted(_OTHER_MODELS & body.keys()):
+            raise invalid(name, "this key may ask certain models only: name one as model")
     parameters = dict(body)
     model = parameters.pop("model", None)
     if not isinstance(model, str) or not model:

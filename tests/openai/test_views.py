@@ -273,6 +273,19 @@ def test_a_key_may_ask_its_models_and_no_others(
         assert nothing_is_stored(wire)
 
 
+@pytest.mark.parametrize("name", ["models", "fallbacks"])
+def test_a_key_of_certain_models_asks_no_others_in_a_gateways_words(
+    post: Post, wire: Wire, name: str
+) -> None:
+    wire.hosts[PROVIDER] = lambda r: httpx.Response(200, json=ANSWER)
+    _, key = ApiKey.objects.issue("some", allowed_models=["gpt-5.4-mini"])
+    response = post({**BODY, "model": "gpt-5.4-mini", name: ["openai/o3-pro"]}, key=key)
+    refused(response, 400, "invalid_value", name)
+    assert nothing_is_stored(wire)
+    _, key = ApiKey.objects.issue("all")
+    assert post({**BODY, name: ["openai/o3-pro"]}, key=key).status_code == 200
+
+
 @ours(
     PROVIDERS={
         "openai": {"API_KEY": "sk-1-of-the-tests", "BASE_URL": "https://one.test"},
