@@ -59,11 +59,14 @@ def node_sdk() -> Path:
 
 @pytest.fixture(scope="session")
 def node_openai() -> Path:
-    folder = FETCHED / "node_modules" / "openai"
+    # By itself: npm takes out what it finds beside it and was not asked for.
+    prefix = FETCHED / "npm-openai"
+    folder = prefix / "node_modules" / "openai"
     if not shutil.which("node"):
         pytest.skip("openai: node is not on this machine")
     if not folder.exists():
-        flags = ("--no-save", "--no-audit", "--no-fund", "--prefix", FETCHED)
+        prefix.mkdir(parents=True, exist_ok=True)
+        flags = ("--no-save", "--no-audit", "--no-fund", "--prefix", prefix)
         fetched("openai", "npm", "install", *flags, "openai@6")
     return folder
 
