@@ -5,6 +5,7 @@
     QStashLLMError
     ├── ConfigurationError (ImproperlyConfigured)   a setting is missing or wrong
     ├── InvalidRequest (ValueError)                 an LLM request that cannot be made; .field
+    │   └── NoSuchModel                             a model that is not there, or not for this caller
     ├── IllegalState                                a verb that this row's state does not allow
     │   └── ConversationBusy                        another turn of it is being answered
     ├── ChatFailed                                  the Chat API got no whole answer; .llm_request
@@ -35,6 +36,14 @@ class InvalidRequest(QStashLLMError, ValueError):
         self.field = field
         """The argument to look at, such as ``messages[2].role`` or ``items[7].model``."""
         self.problem = problem
+
+
+class NoSuchModel(InvalidRequest):
+    """A model that nobody here answers for. One that a caller may not ask is to them the same."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__("model", f"{name[:255]!r} does not exist or you do not have access to it")
+        self.name = name
 
 
 class IllegalState(QStashLLMError):

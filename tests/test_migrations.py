@@ -60,3 +60,20 @@ def test_rows_of_the_first_version_are_taken_over(at_first: Any) -> None:
 
 def test_every_migration_of_ours_can_be_undone(at_first: Any) -> None:
     assert at_first.get_model("django_qstash_llm", "LLMRequest").objects.count() == 0
+
+
+def test_what_keys_asked_before_there_were_callers_is_still_theirs() -> None:
+    executor = MigrationExecutor(connection)
+    before = [("django_qstash_llm", "0007_api_keys")]
+    executor.migrate(before)
+    try:
+        apps = MigrationExecutor(connection).loader.project_state(before).apps
+        key = apps.get_model("django_qstash_llm", "ApiKey").objects.create(name="k", digest="d")
+        rows = apps.get_model("django_qstash_llm", "LLMRequest").objects
+        theirs = rows.create(uuid=uuid.uuid4(), api_key=key).uuid
+        rows.create(uuid=uuid.uuid4())
+    finally:
+        executor = MigrationExecutor(connection)
+        executor.migrate(executor.loader.graph.leaf_nodes())
+    assert LLMRequest.objects.get(caller="key").uuid == theirs
+    assert LLMRequest.objects.filter(caller="").count() == 1

@@ -179,7 +179,7 @@ class LLMRequestAdmin(HealthMixin, RecordAdmin):
             (
                 _("Belongs to"),
                 (),
-                ("about_field", "user", "tenant_field", "api_key", "labels_field", "metadata_field", "batch",
+                ("about_field", "user", "tenant_field", "caller", "api_key", "labels_field", "metadata_field", "batch",
                  "conversation", "trigger", "resubmission_of", "resubmissions_field"),
             ),
             (

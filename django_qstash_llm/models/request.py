@@ -88,6 +88,14 @@ class Via(models.TextChoices):
     CHAT = "chat", _("chat")
 
 
+class CallerKind(models.TextChoices):
+    """Who asked at the OpenAI-compatible endpoint: by what they were believed."""
+
+    KEY = "key", _("API key")
+    USER = "user", _("user")
+    QSTASH = "qstash", _("QStash token")
+
+
 _IS_UNPRICED = Q(Q(state=State.COMPLETED) | Q(input_tokens__isnull=False), cost=None)
 
 
@@ -370,6 +378,13 @@ class LLMRequest(OverTheWire, models.Model):
         db_index=False,
         verbose_name=_("API key"),
         help_text=_("By which it was asked, at the OpenAI-compatible endpoint."),
+    )
+    caller = models.CharField(
+        _("caller"),
+        max_length=16,
+        choices=CallerKind,
+        blank=True,
+        help_text=_("Who asked, at the OpenAI-compatible endpoint; empty is the project itself."),
     )
     resubmission_of = models.ForeignKey(
         "self",
@@ -1030,6 +1045,7 @@ class LLMRequest(OverTheWire, models.Model):
             messages=self.messages,
             via=via,
             api_key_id=self.api_key_id,
+            caller=self.caller,
             flow_control=self.flow_control,
             content_type_id=self.content_type_id,
             object_id=self.object_id,

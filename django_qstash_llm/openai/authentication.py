@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-from dataclasses import dataclass
 from typing import Any
 
 from django.contrib.auth.models import AnonymousUser
@@ -14,40 +13,11 @@ from rest_framework.permissions import BasePermission
 from rest_framework.request import Request
 
 from ..conf import app_settings, classes_of
-from ..models import ApiKey, LLMRequest
+from ..models import ApiKey
 from ..models.api_key import BEGINNING
-from ..models.request import LLMRequestQuerySet
+from ..models.caller import Caller
+from ..models.request import CallerKind
 from .refusals import Refusal
-
-
-@dataclass(frozen=True, kw_only=True)
-class Caller:
-    """Somebody who was believed."""
-
-    name: str
-    """Of whom there is one: what each caller's idempotency keys are kept apart by."""
-    user: Any = None
-    """For whom it is spent; None is nobody."""
-    api_key: ApiKey | None = None
-
-    @property
-    def tenant(self) -> str:
-        return self.api_key.tenant if self.api_key else ""
-
-    @property
-    def provider(self) -> str:
-        return self.api_key.provider if self.api_key else ""
-
-    def has(self, scope: str) -> bool:
-        return self.api_key is None or scope in self.api_key.scopes
-
-    def may_ask(self, provider: str, model: str) -> bool:
-        return self.api_key is None or self.api_key.may_ask(provider, model)
-
-    def llm_requests(self) -> LLMRequestQuerySet:
-        """Theirs: a key's, or a user's without one. Of others' they see nothing."""
-        rows: LLMRequestQuerySet = LLMRequest.objects.filter(api_key=self.api_key, user=self.user)
-        return rows
 
 
 class KeyAuthentication(BaseAuthentication):
@@ -60,11 +30,10 @@ class KeyAuthentication(BaseAuthentication):
             if api_key is None:
                 raise AuthenticationFailed("Incorrect API key provided.")
             user = api_key.user
-            return user or AnonymousUser(), Caller(
-                name=f"key {api_key.pk}", user=user, api_key=api_key
-            )
+            caller = Caller(kind=CallerKind.KEY, user=user, api_key=api_key)
+            return user or AnonymousUser(), caller
         if _is_qstash_token(shown):
-            return AnonymousUser(), Caller(name="qstash")
+            return AnonymousUser(), Caller(kind=CallerKind.QSTASH)
         return None  # perhaps the site's own classes know it
 
     def authenticate_header(self, request: Request) -> str:
@@ -102,7 +71,7 @@ def caller_of(request: Request) -> Caller:
     if user is None or not user.is_authenticated or user.pk is None:
         problem = "Incorrect" if request.headers.get("Authorization") else "You did not provide an"
         raise no_such_key(f"{problem} API key{' provided' if problem == 'Incorrect' else ''}.")
-    return Caller(name=f"user {user.pk}", user=user)
+    return Caller(kind=CallerKind.USER, user=user)
 
 
 def no_such_key(message: str) -> Refusal:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from django.http import HttpResponse, JsonResponse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from uuid import UUID
+
+from django.db import DatabaseError, transaction
+from django.http import HttpResponse, HttpResponseBase, JsonResponse
 from django.utils import timezone
 from rest_framework.request import Request
 
 from ..models import KeptAnswer, LLMRequest
+from ..models.asked import Asked
+from ..models.caller import Caller
 from ..models.request import UNFINISHED, State
-from .asking import Asked
-from .refusals import Refusal
+from .refusals import JSON, Refusal, as_refusal, logger
 from .told import as_completion
 
 LONGEST_KEY = 255
@@ -26,39 +32,81 @@ def key_of(request: Request) -> str | None:
     return key
 
 
-def claim(key: str, asked: Asked, llm_request: LLMRequest) -> tuple[KeptAnswer, bool]:
-    """The kept answer, and whether it is still to be given, by ``llm_request``."""
-    return KeptAnswer.objects.claim(
-        caller=asked.caller.name,
-        key=key,
-        asked=_all_that_is_asked(asked),
-        uuid=llm_request.uuid,
-        now=timezone.now(),
+def once(
+    request: Request,
+    caller: Caller,
+    asked: object,
+    uuid: UUID,
+    answer: Callable[[KeptAnswer | None], HttpResponseBase],
+    otherwise: Callable[[KeptAnswer], HttpResponse],
+) -> HttpResponseBase:
+    """What ``answer`` answers to ``asked``, by the row ``uuid``: once, where the caller brings a key.
+
+    What was answered before is answered again; where that is not known it is for ``otherwise`` to
+    say, which raises ``Refusal``. ``answer`` writes its row within ``written_under``.
+    """
+    key = key_of(request)
+    if key is None:
+        return answer(None)
+    kept, is_ours = KeptAnswer.objects.claim(
+        caller=caller.name, key=key, asked=asked, uuid=uuid, now=timezone.now()
     )
+    if not is_ours:
+        return _again(kept, asked, otherwise)
+    try:
+        response = answer(kept)
+    except Exception as error:
+        # Whatever it was: what was not paid for may be asked once more under this key.
+        refusal = as_refusal(error)
+        if refusal.may_be_paid:
+            kept.keep(refusal.status, refusal.body, JSON)
+        else:
+            kept.let_go()
+        raise refusal from error
+    if isinstance(response, HttpResponse):
+        try:
+            kept.keep(response.status_code, response.content, JSON)
+        except DatabaseError as error:
+            # It has been paid for, and its row tells it again.
+            logger.error("An answer is given and not kept: %s", type(error).__name__)
+    return response
 
 
-def again(kept: KeptAnswer, asked: Asked) -> HttpResponse:
-    """What was answered before. Raises ``Refusal`` where that is not known, or not for this."""
-    if not kept.is_for(_all_that_is_asked(asked)):
-        message = "This Idempotency-Key was used for another body: use a new one for this."
-        raise Refusal(422, "idempotency_key_reused", message, param="Idempotency-Key")
-    headers = {
+@contextmanager
+def written_under(kept: KeptAnswer | None) -> Iterator[None]:
+    """What is to be done once is written down within. Raises ``Refusal`` where it is another's by
+    now: this process was away for so long that it was taken for dead."""
+    if kept is None:
+        yield
+        return
+    with transaction.atomic(using=kept._state.db):
+        if not kept.hold():
+            raise under_way()
+        yield
+
+
+def headers_of(kept: KeptAnswer) -> dict[str, str]:
+    return {
         "Idempotent-Replayed": "true",
         "x-request-id": str(kept.uuid),
         "x-should-retry": "false",
     }
-    if kept.status is not None:
-        return HttpResponse(
-            kept.body, status=kept.status, content_type=kept.content_type, headers=headers
-        )
+
+
+def under_way() -> Refusal:
+    message = "The call with this Idempotency-Key is still under way."
+    wait = {"Retry-After": "1"}
+    return Refusal(409, "idempotency_key_in_use", message, headers=wait, should_retry=True)
+
+
+def completion_again(asked: Asked, kept: KeptAnswer) -> HttpResponse:
+    """``once``'s ``otherwise`` of chat completions."""
     llm_request = LLMRequest.objects.filter(uuid=kept.uuid).first()
     if llm_request is None or llm_request.state in UNFINISHED:
-        message = "The call with this Idempotency-Key is still under way."
-        wait = {"Retry-After": "1"}
-        raise Refusal(409, "idempotency_key_in_use", message, headers=wait, should_retry=True)
+        raise under_way()
     if llm_request.state == State.COMPLETED and not asked.is_stream:
         # The process that called has died over it, or its answer was not to be had whole.
-        return JsonResponse(as_completion(llm_request), headers=headers)
+        return JsonResponse(as_completion(llm_request), headers=headers_of(kept))
     message = (
         f"The call with this Idempotency-Key is {llm_request.state} and its answer was not kept: see "
         f"chat/completions/{kept.uuid}. Use a new key to ask, and pay, again."
@@ -66,6 +114,14 @@ def again(kept: KeptAnswer, asked: Asked) -> HttpResponse:
     raise Refusal(409, "idempotency_key_spent", message)
 
 
-def _all_that_is_asked(asked: Asked) -> list[object]:
-    # Preferring an answer in the background is said in a header.
-    return [asked.body, asked.is_background]
+def _again(
+    kept: KeptAnswer, asked: object, otherwise: Callable[[KeptAnswer], HttpResponse]
+) -> HttpResponse:
+    if not kept.is_for(asked):
+        message = "This Idempotency-Key was used for another body: use a new one for this."
+        raise Refusal(422, "idempotency_key_reused", message, param="Idempotency-Key")
+    if kept.status is None:
+        return otherwise(kept)
+    return HttpResponse(
+        kept.body, status=kept.status, content_type=kept.content_type, headers=headers_of(kept)
+    )

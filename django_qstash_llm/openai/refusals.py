@@ -11,7 +11,13 @@ from django.db import InterfaceError, OperationalError
 from django.http import Http404, HttpResponse
 from rest_framework.exceptions import APIException
 
-from ..exceptions import ChatFailed, ConfigurationError, IllegalState, InvalidRequest
+from ..exceptions import (
+    ChatFailed,
+    ConfigurationError,
+    IllegalState,
+    InvalidRequest,
+    NoSuchModel,
+)
 from ..limits import Trouble
 from ..qstash import QStashError
 
@@ -61,8 +67,12 @@ def as_refusal(error: Exception) -> Refusal:
         return error
     if isinstance(error, ChatFailed):
         return _of_provider(error)
+    if isinstance(error, NoSuchModel):
+        return no_such_model(error.name)
     if isinstance(error, InvalidRequest):
-        return Refusal(400, "invalid_value", str(error), param=error.field)
+        field = error.field or None
+        message = f"Invalid {f'value for {field!r}' if field else 'body'}: {error.problem}."
+        return Refusal(400, "invalid_value" if field else "invalid_json", message, param=field)
     if isinstance(error, IllegalState):
         return Refusal(409, "illegal_state", str(error))
     if isinstance(error, Http404):

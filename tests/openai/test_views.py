@@ -16,6 +16,9 @@ from django.test import Client, override_settings
 from django.utils import timezone
 
 from django_qstash_llm.models import ApiKey, KeptAnswer, LLMRequest
+from django_qstash_llm.models.kept_answer import LEASE
+from django_qstash_llm.openai.idempotency import written_under
+from django_qstash_llm.openai.refusals import Refusal
 from django_qstash_llm.qstash import Callback
 from django_qstash_llm.tasks import sweep
 from tests.conftest import ANSWER
@@ -623,3 +626,106 @@ def test_no_middleware_collects_a_stream(post: Post, wire: Wire) -> None:
     assert b"Forty" in next(response.streaming_content)
     step.release(9)
     response.close()
+
+
+# --- claims of the dead --------------------------------------------------------------------------
+
+
+def claimed_by_the_dead(post: Post, body: Any = BODY) -> KeptAnswer:
+    """A claim as it is left by a process that died before it wrote anything else down."""
+    post(body, headers=AGAIN)
+    LLMRequest.objects.all().delete()
+    KeptAnswer.objects.update(status=None, body="", leased_until=timezone.now() + LEASE)
+    return KeptAnswer.objects.get()
+
+
+@pytest.mark.parametrize("more", [{}, {"background": True}])
+def test_a_claim_whose_process_died_is_taken_over_when_its_lease_ends(
+    post: Post, provider: Wire, qstash: FakeQStash, more: dict[str, Any]
+) -> None:
+    body = {**BODY, **more}
+    claimed_by_the_dead(post, body)
+    waiting = post(body, headers=AGAIN)
+    assert (waiting.status_code, waiting.headers["x-should-retry"]) == (409, "true")
+    KeptAnswer.objects.update(leased_until=timezone.now())
+    # Another body gets nothing by it.
+    refused(post({**body, "n": 2}, headers=AGAIN), 422, "idempotency_key_reused", "Idempotency-Key")
+    first, second = post(body, headers=AGAIN), post(body, headers=AGAIN)
+    assert first.status_code == (202 if more else 200)
+    assert first.content == second.content
+    assert LLMRequest.objects.count() == 1
+    assert KeptAnswer.objects.get().leased_until is None
+
+
+def test_who_was_taken_for_dead_pays_nothing(post: Post, provider: Wire) -> None:
+    """It slept between its claim and its row for longer than its lease, and another came."""
+    slept = KeptAnswer.objects.get(pk=claimed_by_the_dead(post).pk)
+    KeptAnswer.objects.update(leased_until=timezone.now())
+    assert post(headers=AGAIN).status_code == 200
+    calls = len(provider.to(PROVIDER))
+    with pytest.raises(Refusal) as caught, written_under(slept):
+        raise AssertionError("it would write its row here, and call")
+    assert (caught.value.status, caught.value.headers["x-should-retry"]) == (409, "true")
+    slept.let_go()
+    slept.keep(500, b"nothing", "text/plain")
+    assert post(headers=AGAIN).headers["Idempotent-Replayed"] == "true"
+    assert len(provider.to(PROVIDER)) == calls
+
+
+@pytest.mark.django_db(transaction=True)
+def test_of_those_who_take_over_at_once_one_makes_the_call(
+    post: Post, key: str, provider: Wire
+) -> None:
+    claimed_by_the_dead(post)
+    calls = len(provider.to(PROVIDER))
+    KeptAnswer.objects.update(leased_until=timezone.now())
+    headers = {"Authorization": f"Bearer {key}", **AGAIN}
+
+    def call(number: int) -> int:
+        response = Client().post(COMPLETIONS, BODY, "application/json", headers=headers)
+        return int(response.status_code)
+
+    assert set(at_once(6, call)) <= {200, 409}
+    assert len(provider.to(PROVIDER)) == calls + 1
+
+
+# --- callers without a key -----------------------------------------------------------------------
+
+
+def test_who_calls_by_the_qstash_token_sees_what_was_asked_by_it_and_no_more(
+    post: Post, get: Any, provider: Wire, qstash: FakeQStash, key: str
+) -> None:
+    token = "token-of-the-tests"
+    ask: Any = [{"role": "user", "content": "A secret of the project's."}]
+    elsewhere = LLMRequest.objects.publish(ask)
+    by_key = post({**BODY, "background": True}).json()["id"]
+    with ours(OPENAI_TAKES_QSTASH_TOKEN=True):
+        by_token = post({**BODY, "background": True}, key=token).json()["id"]
+        assert get(f"{COMPLETIONS}/{by_token}", token).status_code == 200
+        for uuid in (elsewhere.uuid, by_key):
+            refused(get(f"{COMPLETIONS}/{uuid}", token), 404, "not_found")
+            refused(post({}, path=f"{COMPLETIONS}/{uuid}/cancel", key=token), 404, "not_found")
+        for uuid in (elsewhere.uuid, by_token):
+            refused(get(f"{COMPLETIONS}/{uuid}"), 404, "not_found")
+        # One whose key is gone is nobody's, and not everybody's.
+        ApiKey.objects.all().delete()
+        refused(get(f"{COMPLETIONS}/{by_key}", token), 404, "not_found")
+        again = LLMRequest.objects.get(uuid=by_token)
+        again.fail("x", "y", now=timezone.now())
+        assert get(f"{COMPLETIONS}/{again.resubmit().uuid}", token).status_code == 200
+    callers = LLMRequest.objects.order_by("pk").values_list("caller", flat=True)
+    assert list(callers) == ["", "key", "qstash", "qstash"]
+
+
+def test_a_user_of_the_site_sees_what_they_asked_here_and_no_more(
+    provider: Wire, qstash: FakeQStash, admin_user: User
+) -> None:
+    client = Client()
+    client.force_login(admin_user)
+    elsewhere = LLMRequest.objects.publish(ASK, user=admin_user)
+    session = {"OPENAI_AUTHENTICATION": ["rest_framework.authentication.SessionAuthentication"]}
+    with ours(**session):
+        body = {**BODY, "background": True}
+        begun = client.post(COMPLETIONS, body, "application/json").json()
+        assert client.get(f"{COMPLETIONS}/{begun['id']}").status_code == 200
+        refused(client.get(f"{COMPLETIONS}/{elsewhere.uuid}"), 404, "not_found")

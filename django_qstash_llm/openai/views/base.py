@@ -62,4 +62,11 @@ def door(view: type[APIView]) -> Any:
     return outside_transactions(login_not_required(view.as_view()))
 
 
+def is_asgi(request: Request) -> bool:
+    """Then this view runs in a thread of its own, whose database connection is let go of, and it is
+    the loop that waits for the provider: there a reader who waits costs next to nothing, and one who
+    leaves is noticed."""
+    return hasattr(request._request, "scope")
+
+
 unknown = door(UnknownView)

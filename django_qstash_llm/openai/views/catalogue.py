@@ -8,11 +8,11 @@ from django.http import HttpResponseBase, JsonResponse
 from rest_framework.request import Request
 
 from ...conf import app_settings
-from ...exceptions import ConfigurationError
+from ...exceptions import ConfigurationError, NoSuchModel
 from ...models.api_key import Scope
-from ..asking import choose_provider, listed_models
-from ..authentication import Caller, caller_of
-from ..refusals import Refusal, no_such_model
+from ...models.asked import choose_provider, listed_models
+from ...models.caller import Caller
+from ..authentication import caller_of
 from .base import OpenAIView, door
 
 
@@ -32,7 +32,7 @@ class ModelView(OpenAIView):
     def get(self, request: Request, name: str) -> HttpResponseBase:
         provider = _models(caller_of(request)).get(name)
         if provider is None:
-            raise no_such_model(name)
+            raise NoSuchModel(name)
         return JsonResponse(_told(name, provider))
 
 
@@ -50,7 +50,7 @@ def _models(caller: Caller) -> dict[str, str]:
     for name in sorted(each for each in names if not each.endswith("*")):
         try:
             provider, _model = choose_provider(caller, name)
-        except (Refusal, ConfigurationError):
+        except (NoSuchModel, ConfigurationError):
             # One that is set up wrongly keeps nobody from the others.
             continue
         found[name] = provider

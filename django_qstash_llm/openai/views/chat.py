@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
+from functools import partial
 from uuid import UUID
 
 from asgiref.sync import async_to_sync
-from django.db import DatabaseError, router
+from django.db import router
 from django.http import HttpResponse, HttpResponseBase, JsonResponse, StreamingHttpResponse
 from rest_framework.request import Request
 
@@ -15,15 +15,14 @@ from ...chat import AsyncStream, Stream
 from ...conf import app_settings
 from ...models import KeptAnswer, LLMRequest
 from ...models.api_key import Scope
+from ...models.asked import Asked
 from ...models.request import Via
 from .. import asking, idempotency, streaming
-from ..asking import Asked
 from ..authentication import caller_of
-from ..refusals import JSON, Refusal, as_refusal, passed_on
+from ..idempotency import written_under
+from ..refusals import JSON, Refusal, passed_on
 from ..told import as_completion
-from .base import OpenAIView, door
-
-logger = logging.getLogger(__name__)
+from .base import OpenAIView, door, is_asgi
 
 
 class ChatCompletionsView(OpenAIView):
@@ -33,29 +32,15 @@ class ChatCompletionsView(OpenAIView):
     def post(self, request: Request) -> HttpResponseBase:
         asked = asking.read(request)
         llm_request = asked.row(Via.PUBLISH if asked.is_background else Via.CHAT)
-        key = idempotency.key_of(request)
-        if key is None:
-            return _answer(request, asked, llm_request)
-        kept, is_new = idempotency.claim(key, asked, llm_request)
-        if not is_new:
-            return idempotency.again(kept, asked)
-        try:
-            response = _answer(request, asked, llm_request, kept)
-        except Exception as error:
-            # Whatever it was: what was not paid for may be asked once more under this key.
-            refusal = as_refusal(error)
-            if refusal.may_be_paid:
-                kept.keep(refusal.status, refusal.body, JSON)
-            else:
-                kept.let_go()
-            raise refusal from error
-        if isinstance(response, HttpResponse):
-            try:
-                kept.keep(response.status_code, response.content, JSON)
-            except DatabaseError as error:
-                # It has been paid for, and its row tells it again.
-                logger.error("An answer is given and not kept: %s", type(error).__name__)
-        return response
+        return idempotency.once(
+            request,
+            asked.caller,
+            # Preferring an answer in the background is said in a header.
+            [asked.body, asked.is_background],
+            llm_request.uuid,
+            partial(_answer, request, asked, llm_request),
+            partial(idempotency.completion_again, asked),
+        )
 
 
 class ChatCompletionView(OpenAIView):
@@ -77,24 +62,25 @@ class CancelView(OpenAIView):
 
 
 def _answer(
-    request: Request, asked: Asked, llm_request: LLMRequest, kept: KeptAnswer | None = None
+    request: Request, asked: Asked, llm_request: LLMRequest, kept: KeptAnswer | None
 ) -> HttpResponseBase:
     if asked.is_background:
-        return _begin(llm_request)
+        return _begin(llm_request, kept)
     if asked.is_stream:
         return _stream(request, llm_request, kept)
     # Who brought a key will come back for the answer, and is not to pay for it twice.
-    may_leave = _is_asgi(request) and kept is None
+    may_leave = is_asgi(request) and kept is None
     complete = async_to_sync(chat.acomplete) if may_leave else chat.complete
-    answer = complete(llm_request)
+    answer = complete(llm_request, within=written_under(kept))
     headers = passed_on(answer.headers) | _named(llm_request)
     return HttpResponse(answer.body, status=answer.status, content_type=JSON, headers=headers)
 
 
-def _begin(llm_request: LLMRequest) -> HttpResponse:
+def _begin(llm_request: LLMRequest, kept: KeptAnswer | None) -> HttpResponse:
     """By QStash; the answer is here, under the request's id, whenever somebody looks for it."""
     app_settings().check_ready()
-    llm_request.save(using=router.db_for_write(LLMRequest), force_insert=True)
+    with written_under(kept):
+        llm_request.save(using=router.db_for_write(LLMRequest), force_insert=True)
     response = _told(llm_request, status=202)
     response["Location"] = f"completions/{llm_request.uuid}"
     response["Preference-Applied"] = "respond-async"
@@ -104,18 +90,11 @@ def _begin(llm_request: LLMRequest) -> HttpResponse:
 def _stream(
     request: Request, llm_request: LLMRequest, kept: KeptAnswer | None
 ) -> StreamingHttpResponse:
-    open_stream = async_to_sync(chat.aopen_stream) if _is_asgi(request) else chat.open_stream
-    stream: Stream | AsyncStream = open_stream(llm_request)
+    open_stream = async_to_sync(chat.aopen_stream) if is_asgi(request) else chat.open_stream
+    stream: Stream | AsyncStream = open_stream(llm_request, within=written_under(kept))
     headers = passed_on(stream.headers) | streaming.HEADERS | _named(llm_request)
     said = streaming.events(stream, kept)
     return StreamingHttpResponse(said, content_type=streaming.EVENTS, headers=headers)
-
-
-def _is_asgi(request: Request) -> bool:
-    """Then this view runs in a thread of its own, whose database connection is let go of, and it is
-    the loop that waits for the provider: there a reader who waits costs next to nothing, and one who
-    leaves is noticed."""
-    return hasattr(request._request, "scope")
 
 
 def _found(request: Request, name: str) -> LLMRequest:
