@@ -145,9 +145,14 @@ def _check_openai(in_force: conf.AppSettings) -> list[CheckMessage]:
         for each in wrong:
             problem = f"{setting}: {each.__name__} is no {base.__name__}."
             problems.append(Error(problem, hint=hint, id=f"{ID}.E011"))
-    if in_force.openai_max_body_bytes <= 0:
-        problem = "QSTASH_LLM['OPENAI_MAX_BODY_BYTES'] is not more than 0: it takes no body at all."
-        problems.append(Error(problem, hint="Give bytes.", id=f"{ID}.E011"))
+    for name, hint in (
+        ("openai_max_body_bytes", "Give bytes."),
+        ("openai_max_file_bytes", "Give bytes."),
+        ("openai_max_batch_lines", "Give a number of requests."),
+    ):
+        if getattr(in_force, name) <= 0:
+            problem = f"QSTASH_LLM[{name.upper()!r}] is not more than 0: nothing would be taken."
+            problems.append(Error(problem, hint=hint, id=f"{ID}.E011"))
     return problems
 
 

@@ -131,7 +131,12 @@ class AppSettings:
     openai_takes_qstash_token: bool = False
     """Whether ``QSTASH_TOKEN`` is a key there too, as the ``qstash`` client's ``chat`` shows it."""
     openai_max_body_bytes: int = 20_000_000
-    """A larger body is refused there with 413. Images travel in it."""
+    """A larger body is refused there with 413, and a longer line of a batch's file fails the batch.
+    Images travel in it."""
+    openai_max_file_bytes: int = 200_000_000
+    """A larger file is refused there with 413; OpenAI takes as much for a batch."""
+    openai_max_batch_lines: int = 50_000
+    """A batch of more requests fails; OpenAI takes as many."""
     transport: Any = field(default=None, repr=False)
     """An httpx transport, or the dotted path to one, for the way to QStash."""
     chat_transport: Any = field(default=None, repr=False)

@@ -14,9 +14,10 @@ from django.utils import timezone
 from kombu.exceptions import OperationalError
 
 from . import triggers
-from .models import CallbackResponse, KeptAnswer, Lane, LLMRequest
+from .models import CallbackResponse, File, KeptAnswer, Lane, LLMRequest
 from .models.cancellation import Cancellations
 from .models.doorbell import Bell
+from .models.intake import Intake
 from .models.outbox import Outbox
 from .models.purge import Purge
 from .models.reconciler import Reconciler
@@ -112,6 +113,21 @@ def lanes(using: str = "") -> None:
 
 
 @shared_task(
+    name="django_qstash_llm.batches",
+    ignore_result=True,
+    acks_late=True,
+    reject_on_worker_lost=True,
+)
+def batches(using: str = "") -> None:
+    """Read the files of batches, and stop those that are to be."""
+    using = using or _ours()
+    intake = Intake(using)
+    # What QStash could not be told of is left to the next sweep.
+    if intake.run() and intake.due().exists():
+        ring(Bell.BATCHES, using)
+
+
+@shared_task(
     name="django_qstash_llm.sweep", ignore_result=True, acks_late=True, reject_on_worker_lost=True
 )
 def sweep(using: str = "") -> None:
@@ -120,6 +136,8 @@ def sweep(using: str = "") -> None:
     using = using or _ours()
     if Lane.objects.using(using).due(timezone.now()).exists():
         ring(Bell.LANES, using)
+    if Intake(using).due().exists():
+        ring(Bell.BATCHES, using)
     if Outbox(using).due().exists():
         ring(Bell.SUBMIT, using)
     if CallbackResponse.objects.using(using).unapplied(timezone.now()).exists():
@@ -131,6 +149,7 @@ def sweep(using: str = "") -> None:
     if _is_anything_unannounced(using):
         ring(Bell.ANNOUNCE, using)
     KeptAnswer.objects.using(using).expired(timezone.now()).delete()
+    File.objects.using(using).expired(timezone.now()).delete()
 
 
 _TASKS = {
@@ -139,6 +158,7 @@ _TASKS = {
     Bell.CANCEL: cancel,
     Bell.APPLY: apply,
     Bell.RECONCILE: reconcile,
+    Bell.BATCHES: batches,
     Bell.LANES: lanes,
 }
 

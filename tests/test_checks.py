@@ -335,6 +335,8 @@ def test_other_databases_need_no_such_options() -> None:
         ({"OPENAI_PERMISSIONS": ["django_qstash_llm.conf.app_settings"]}, "E011"),
         ({"OPENAI_PERMISSIONS": ["rest_framework.authentication.BaseAuthentication"]}, "E011"),
         ({"OPENAI_MAX_BODY_BYTES": 0}, "E011"),
+        ({"OPENAI_MAX_FILE_BYTES": 0}, "E011"),
+        ({"OPENAI_MAX_BATCH_LINES": 0}, "E011"),
     ],
 )
 def test_what_is_kept_waited_for_and_shown_is_checked(change: dict[str, Any], id: str) -> None:

@@ -7,6 +7,7 @@ from .batch import BatchAdmin
 from .callback import CallbackResponseAdmin
 from .circuit import CircuitAdmin
 from .conversation import ConversationAdmin
+from .file import FileAdmin
 from .lane import LaneAdmin
 from .request import LLMRequestAdmin
 
@@ -16,6 +17,7 @@ __all__ = [
     "CallbackResponseAdmin",
     "CircuitAdmin",
     "ConversationAdmin",
+    "FileAdmin",
     "LLMRequestAdmin",
     "LaneAdmin",
 ]

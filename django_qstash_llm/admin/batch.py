@@ -14,7 +14,7 @@ from django.utils.html import format_html
 from django.utils.safestring import SafeString
 from django.utils.translation import gettext_lazy as _
 
-from ..models import Batch, LLMRequest
+from ..models import Batch, BatchInput, File, LLMRequest
 from ..models.batch import standing, to_resubmit
 from ..models.request import UNFINISHED, LLMRequestQuerySet, State
 from . import actions, figures
@@ -121,6 +121,23 @@ class BatchAdmin(RecordAdmin):
                 if progress.counts[state]
             ],
             "failures": self._failures(obj) if progress.counts[State.FAILED] else [],
+            **self._input(obj),
+        }
+
+    def _input(self, batch: Batch) -> dict[str, Any]:
+        """Of one that was asked by a file: how far that is read, and what is wrong with it."""
+        batch_input = BatchInput.objects.filter(batch=batch).select_related("api_key").first()
+        if batch_input is None:
+            return {}
+        file = File.objects.filter(uuid=batch_input.file_uuid).first()
+        return {
+            "input": batch_input,
+            "file_url": self.page_url(file) if file else "",
+            "lines": f"{figures.count(batch_input.read)} / {figures.count(batch_input.total)}",
+            "wrong_lines": [
+                (each.get("line"), each.get("code"), each.get("message"))
+                for each in batch_input.errors[:_MOST_FAILURES]
+            ],
         }
 
     def _failures(self, batch: Batch) -> list[tuple[str, str]]:

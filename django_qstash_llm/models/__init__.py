@@ -2,9 +2,11 @@ from __future__ import annotations
 
 from .api_key import ApiKey
 from .batch import Batch
+from .batch_input import BatchInput
 from .callback import CallbackResponse
 from .circuit import Circuit
 from .conversation import Conversation
+from .file import File, FilePart
 from .kept_answer import KeptAnswer
 from .lane import Lane
 from .request import LLMRequest
@@ -12,9 +14,12 @@ from .request import LLMRequest
 __all__ = [
     "ApiKey",
     "Batch",
+    "BatchInput",
     "CallbackResponse",
     "Circuit",
     "Conversation",
+    "File",
+    "FilePart",
     "KeptAnswer",
     "LLMRequest",
     "Lane",

@@ -22,6 +22,8 @@ class Bell(StrEnum):
     """There are stored callbacks that could not be read when they came."""
     RECONCILE = "reconcile"
     """There are submitted requests of which nobody has heard past their deadline."""
+    BATCHES = "batches"
+    """There are batches whose file is to be read, or that are to be stopped."""
     LANES = "lanes"
     """There are lanes of which QStash is to be told, or whose pause is over."""
 

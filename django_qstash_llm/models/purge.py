@@ -3,8 +3,8 @@
 Money stays. A purged request keeps its row with provider, model, usage, cost, states and times, and
 its receipts keep theirs, so that a callback that comes late is known and counted, not stored anew.
 What goes: messages, parameters, completion, refusal, tool calls and errors of the request; body,
-header, words and problem of its receipts; unreadable callbacks and those of no request; and QStash's dead
-letters of it, which hold the messages too.
+header, words and problem of its receipts; unreadable callbacks and those of no request; QStash's dead
+letters of it, which hold the messages too; and files, of which one that a batch is still reading stays.
 
 Left alone: what is unfinished; what triggers and receivers have not been told of; and what belongs
 to a conversation that goes on, because its next question repeats all that was said. A conversation
@@ -29,8 +29,11 @@ from django.utils import timezone
 from ..conf import app_settings, qstash_client
 from ..exceptions import ConfigurationError
 from ..qstash import QStashError
+from .batch_input import BatchInput
 from .callback import _IS_UNAPPLIED, MOST_APPLY_TRIES, CallbackResponse, Kind
+from .file import File
 from .forgetting import FULL, HASHED, digest_of, kept
+from .intake import forget_read_files, read_files
 from .request import ANNOUNCED, LLMRequest, LLMRequestQuerySet, State
 
 SPAN = 1000
@@ -39,6 +42,8 @@ DIGESTS_AT_ONCE = 20
 """Requests whose messages are in memory at the same time; each may weigh ``MAX_BODY_BYTES``."""
 DEAD_LETTERS_AT_ONCE = 100
 """QStash's pages are of 100 at most."""
+FILES_AT_ONCE = 20
+"""Each may be of ``OPENAI_MAX_FILE_BYTES``."""
 MOST_DAYS = 36_500
 
 _HAS_TEXTS = (
@@ -81,6 +86,8 @@ class Purge:
     """Receipts that lost body and header."""
     discarded: int = 0
     """Unreadable callbacks, and those of no request, that were deleted."""
+    files: int = 0
+    """Files of the OpenAI-compatible endpoint that are gone, or whose text is."""
     dead_letters: int = 0
     """Requests whose dead letters were deleted at QStash."""
     deleted: int = 0
@@ -103,6 +110,7 @@ class Purge:
             self.forget_texts(before)
             self.empty_receipts(before)
         self.withhold_messages()
+        self.delete_files(before)
         self.discard_unread(unread_before)
         self.delete_dead_letters(before if kept() == FULL else unread_before)
         if self.deletes and before is not None:
@@ -238,6 +246,26 @@ class Purge:
             oldest = unread.order_by("received_at").values_list("pk", flat=True)[:SPAN]
             while keys := list(oldest.all()):
                 self._count("discarded", unread.filter(pk__in=keys).delete()[0])
+
+    def delete_files(self, before: datetime | None) -> None:
+        """Delete what has expired or is too old, and drop the texts that ``STORE_MESSAGES`` does not
+        keep and that are requests by now."""
+        unread = BatchInput.objects.using(self.using).unread()
+        is_over = Q(expires_at__lte=self.now)
+        if before is not None:
+            is_over |= Q(created_at__lte=before)
+        is_being_read = Exists(unread.filter(file_uuid=OuterRef("uuid")))
+        old = File.objects.using(self.using).filter(is_over).exclude(is_being_read)
+        if self.is_rehearsal:
+            withheld = 0 if kept() == FULL else read_files(self.using, ~is_over).count()
+            self._count("files", old.count() + withheld)
+            return
+        oldest = old.order_by("pk").values_list("pk", flat=True)[:FILES_AT_ONCE]
+        while keys := list(oldest.all()):
+            _, deleted = old.filter(pk__in=keys).delete()
+            self._count("files", deleted.get(File._meta.label, 0))
+        if kept() != FULL:
+            self._count("files", forget_read_files(self.using, Q()))
 
     def delete_dead_letters(self, before: datetime | None) -> None:
         """Delete what QStash keeps of them, and note that it is gone.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from io import StringIO
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from django.contrib.admin.models import LogEntry
@@ -15,7 +16,10 @@ from django.test import Client
 from django.urls import reverse
 from django.utils import timezone
 
-from django_qstash_llm.models import ApiKey, LLMRequest
+from django_qstash_llm.models import ApiKey, BatchInput, File, FilePart, LLMRequest
+from django_qstash_llm.models.batch_input import begin
+from django_qstash_llm.models.caller import Caller
+from django_qstash_llm.models.request import CallerKind
 from tests.test_admin import Page, act, assert_inert, staff_client
 
 from .conftest import ASK
@@ -177,3 +181,53 @@ def test_what_cannot_be_done_is_said(arguments: list[str], said: Any) -> None:
     with pytest.raises(CommandError, match=said):
         keys(*arguments)
     assert ApiKey.objects.filter(revoked_at=None).count() == 2
+
+
+# --- files and batches ---------------------------------------------------------------------------
+
+
+def asked_by_a_file(*lines: bytes) -> BatchInput:
+    api_key, _ = ApiKey.objects.issue("phone")
+    caller = Caller(kind=CallerKind.KEY, api_key=api_key)
+    file = File(purpose="batch", filename="<moons>.jsonl", **caller.owner)
+    File.objects.store(file, lines)
+    return begin(file, caller, uuid=uuid4(), metadata={}, keep_seconds=None, now=timezone.now())
+
+
+def test_a_file_is_shown_with_its_beginning_and_its_batches(admin_client: Client) -> None:
+    batch_input = asked_by_a_file(b"<b>{" + b"x" * 40_000 + b"\n")
+    file = File.objects.get()
+    page = Page(admin_client.get(reverse("admin:django_qstash_llm_file_changelist")))
+    assert_inert(page)
+    assert "40,005" in page.text
+    page = Page(admin_client.get(reverse("admin:django_qstash_llm_file_change", args=[file.pk])))
+    assert_inert(page)
+    assert "<b>{xxx" in page.text
+    assert "Cut here" in page.text
+    assert reverse("admin:django_qstash_llm_batch_change", args=[batch_input.batch_id]) in page.html
+    found = admin_client.get(
+        reverse("admin:django_qstash_llm_file_changelist"), {"q": f"file-{file.uuid.hex}"}
+    )
+    assert "moons" in Page(found).text
+    assert admin_client.get(reverse("admin:django_qstash_llm_file_add")).status_code == 403
+
+
+def test_a_batch_says_what_is_wrong_with_its_file(
+    admin_client: Client, django_capture_on_commit_callbacks: Any
+) -> None:
+    with django_capture_on_commit_callbacks(execute=True):
+        batch_input = asked_by_a_file(b"<b>\n")
+    url = reverse("admin:django_qstash_llm_batch_change", args=[batch_input.batch_id])
+    page = Page(admin_client.get(url))
+    assert_inert(page)
+    for shown in ("failed", "0 / –", "invalid_json_line", "phone"):
+        assert shown in page.text
+    File.objects.all().delete()
+    assert "gone" in Page(admin_client.get(url)).text
+
+
+def test_a_file_is_deleted_with_its_text(admin_client: Client) -> None:
+    asked_by_a_file(b"{}\n")
+    url = reverse("admin:django_qstash_llm_file_delete", args=[File.objects.get().pk])
+    assert admin_client.post(url, {"post": "yes"}).status_code == 302
+    assert not FilePart.objects.exists()

@@ -8,11 +8,12 @@ from typing import Any
 from django_qstash_llm.models import ApiKey, LLMRequest
 
 from ..openai.conftest import wsgi
+from ..wire import FakeQStash
 from .conftest import HERE, Site, run_script
 
 
 def test_the_javascript_client(
-    node_openai: Path, site: Site, settings: Any, transactional_db: None
+    node_openai: Path, site: Site, settings: Any, transactional_db: None, qstash: FakeQStash
 ) -> None:
     settings.QSTASH_LLM = {
         **settings.QSTASH_LLM,
@@ -24,6 +25,7 @@ def test_the_javascript_client(
         environment = {"SDK": str(node_openai), "BASE_URL": f"{url}/openai/v1", "API_KEY": key}
         answers = run_script("node", HERE / "openai.mjs", url=url, environment=environment)
     assert answers == {
+        "batches": {"same": True, "status": True, "total": 2, "listed": [True], "deleted": True},
         "whole": "hi there to you too.",
         "said": ["hi", " there to you too.", None],
         "models": ["gpt-5.4-mini"],

@@ -87,6 +87,7 @@ FIGURES = {
     "withheld": "{} requests without their messages from now on",
     "emptied": "{} receipts emptied",
     "discarded": "{} unusable callbacks deleted",
+    "files": "{} files deleted or emptied",
     "dead_letters": "{} dead letters deleted at QStash",
     "deleted": "{} requests deleted",
 }

@@ -11,13 +11,14 @@ from ... import triggers
 from ...exceptions import ConfigurationError
 from ...models import CallbackResponse, Lane, LLMRequest
 from ...models.cancellation import Cancellations
+from ...models.intake import Intake
 from ...models.outbox import Outbox
 from ...models.reconciler import Reconciler
 
 
 class Command(BaseCommand):
     help = (
-        "Submits what is pending, reads stored callbacks again that could not be read, asks QStash "
+        "Reads the files of batches, submits what is pending, reads stored callbacks again that could not be read, asks QStash "
         "about what is overdue, cancels there what no retry would help and announces attempts and "
         "what is finished, here and now, without Celery. "
         "For cron on sites without Celery beat, and for after a broker was lost."
@@ -36,6 +37,8 @@ class Command(BaseCommand):
         applied = asked = announced = 0
         try:
             while lanes.see_to():
+                pass
+            while Intake(database).run():
                 pass
             while outbox.submit():
                 pass
