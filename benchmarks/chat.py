@@ -166,9 +166,7 @@ class Contender:
 
     def describe(self) -> str:
         rates = [told.rate for told in self.crowded]
-        lag = statistics.median(
-            lag for told in self.streamed for each in told.lags for lag in each
-        )
+        lag = statistics.median(lag for told in self.streamed for each in told.lags for lag in each)
         return (
             f"{self.title:<24} p50 {self.latency():>6.2f} ms,"
             f" {self.rate():>6,.0f} ({min(rates):,.0f}-{max(rates):,.0f}) requests/s,"

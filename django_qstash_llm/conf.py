@@ -165,6 +165,11 @@ class AppSettings:
             keys += [key for key in given if not _PLACEHOLDER.fullmatch(key.strip())]
         return sorted((key.strip() for key in keys if len(key.strip()) >= 8), key=len, reverse=True)
 
+    @cached_property
+    def built_providers(self) -> dict[str, Any]:
+        """Name -> ``providers.Provider``, of those that have been asked for."""
+        return {}
+
     def without_secrets(self, text: str, *, limit: int | None = None) -> str:
         """``text`` of others with our keys blacked out: some repeat the key they refuse.
 

@@ -30,7 +30,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit, urlunsplit
 
 from . import anthropic
@@ -150,6 +150,8 @@ class Provider:
 def get_provider(name: str) -> Provider:
     """The provider of that name. Raises ``InvalidRequest`` or, for a wrong entry, ``ConfigurationError``."""
     conf = app_settings()
+    if (built := conf.built_providers.get(name)) is not None:
+        return cast(Provider, built)
     options = conf.providers.get(name)
     if options is None:
         if name != "upstash":
@@ -160,7 +162,7 @@ def get_provider(name: str) -> Provider:
                 "Add it to QSTASH_LLM['PROVIDERS'].",
             )
         options = {}
-    return build_provider(name, options)
+    return cast(Provider, conf.built_providers.setdefault(name, build_provider(name, options)))
 
 
 def build_provider(name: str, options: Mapping[str, Any]) -> Provider:

@@ -28,9 +28,7 @@ def forward(request: HttpRequest) -> HttpResponseBase:
     asked = client.build_request("POST", url, content=request.body, headers=headers)
     stream = client.send(asked, stream=True)
     content_type = stream.headers["Content-Type"]
-    return StreamingHttpResponse(
-        said(stream), status=stream.status_code, content_type=content_type
-    )
+    return StreamingHttpResponse(said(stream), status=stream.status_code, content_type=content_type)
 
 
 def said(stream: httpx.Response) -> Iterator[bytes]:

@@ -12,6 +12,7 @@ from ..bodies import check_fit, check_links
 from ..conf import app_settings
 from ..exceptions import InvalidRequest, NoSuchModel
 from ..providers import HOSTED_MODELS, get_provider
+from . import inbox
 from .caller import Caller
 from .request import LLMRequest, Via
 
@@ -47,15 +48,18 @@ class Asked:
 
     def row(self, via: Via) -> LLMRequest:
         """Unsaved."""
-        return LLMRequest(
+        llm_request = inbox.new(
+            LLMRequest,
             via=via,
             provider=self.provider,
             model=self.model,
             messages=self.messages,
             parameters=self.parameters,
             tenant=self.caller.tenant,
-            **self.caller.owner,
         )
+        for name, value in self.caller.owner.items():
+            setattr(llm_request, name, value)
+        return llm_request
 
 
 def read_asked(caller: Caller, body: dict[str, Any]) -> Asked:

@@ -11,6 +11,7 @@ with one: on PostgreSQL one statement, on SQLite a short transaction.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -27,11 +28,14 @@ VERSION = "_version"
 what was found."""
 
 
-def new(model: type[Row], **values: Any) -> Row:
-    """An unsaved row, as ``model(**values)`` is, without asking forty fields for their defaults. What
-    has a default that is made anew each time has to be given."""
+def new(model: type[Row], /, **values: Any) -> Row:
+    """An unsaved row, as ``model(**values)`` is, without asking forty fields for their defaults.
+    ``values`` are those of columns."""
     row = model.__new__(model)
     row.__dict__.update(_defaults(model), _state=ModelState(), **values)
+    for name, make in _made_anew(model):
+        if name not in values:
+            row.__dict__[name] = make()
     return row
 
 
@@ -42,6 +46,21 @@ def _defaults(model: type[models.Model]) -> dict[str, Any]:
         for field in model._meta.concrete_fields
         if field.default is models.NOT_PROVIDED or not callable(field.default)
     }
+
+
+@lru_cache(maxsize=16)
+def _made_anew(model: type[models.Model]) -> list[tuple[str, Callable[[], Any]]]:
+    return [
+        (field.attname, field.get_default)
+        for field in model._meta.concrete_fields
+        if field.attname not in _defaults(model)
+    ]
+
+
+def find(model: type[Row], name: str, value: Any, *, using: str) -> Row | None:
+    """The row whose unique column ``name`` is ``value``, whole."""
+    names = tuple(field.name for field in model._meta.concrete_fields)
+    return _look(model, value, names, using, by=name)
 
 
 def lock(model: type[Row], uuid: UUID, names: tuple[str, ...], *, using: str) -> Row | None:
@@ -59,18 +78,19 @@ def look(model: type[Row], uuid: UUID, names: tuple[str, ...], *, using: str) ->
 
 def _look(
     model: type[Row],
-    uuid: UUID,
+    value: Any,
     names: tuple[str, ...],
     using: str,
     *,
+    by: str = "uuid",
     version: str = "NULL",
     suffix: str = "",
 ) -> Row | None:
     connection = connections[using]
-    field: Any = model._meta.get_field("uuid")
-    sql, attnames, converters = _select(model, names, using, version, suffix)
+    field: Any = model._meta.get_field(by)
+    sql, attnames, converters = _select(model, names, using, by, version, suffix)
     with connection.cursor() as cursor:
-        cursor.execute(sql, [field.get_db_prep_value(uuid, connection)])
+        cursor.execute(sql, [field.get_db_prep_value(value, connection)])
         found = cursor.fetchone()
     if found is None:
         return None
@@ -88,14 +108,20 @@ def _look(
 
 def insert(row: models.Model, *, using: str) -> None:
     """Store a new row; its key is set. Sends no signals: nobody else's code runs here."""
-    connection, names = connections[using], _stored_names(row)
+    connection, first = connections[using], _at_first(type(row))
+    names = tuple(
+        name
+        for name in _stored_names(row)
+        if name not in first or first[name] != getattr(row, name)
+    )
     values = _stored(row, names, using)
+    left_out = getattr(row, "left_to_the_database", frozenset())
     with connection.cursor() as cursor:
         if connection.features.can_return_columns_from_insert:
-            cursor.execute(_insert(type(row), names, using, returning=True), values)
+            cursor.execute(_insert(type(row), names, left_out, using, returning=True), values)
             [row.pk] = cursor.fetchone()
         else:
-            cursor.execute(_insert(type(row), names, using, returning=False), values)
+            cursor.execute(_insert(type(row), names, left_out, using, returning=False), values)
             key: Any = row._meta.pk
             row.pk = connection.ops.last_insert_id(cursor, row._meta.db_table, key.column)
     row._state.adding, row._state.db = False, using
@@ -219,13 +245,18 @@ def _to_prepare(
 
 @lru_cache(maxsize=16)
 def _select(
-    model: type[models.Model], names: tuple[str, ...], using: str, version: str, suffix: str
+    model: type[models.Model],
+    names: tuple[str, ...],
+    using: str,
+    by: str,
+    version: str,
+    suffix: str,
 ) -> tuple[str, list[str], list[tuple[int, Callable[[Any], Any]]]]:
     connection = connections[using]
     fields: list[Any] = [model._meta.get_field(name) for name in names]
     columns = ", ".join(connection.ops.quote_name(field.column) for field in fields)
     table = connection.ops.quote_name(model._meta.db_table)
-    sql = f"SELECT {columns}, {version} FROM {table} WHERE uuid = %s{suffix}"  # noqa: S608
+    sql = f"SELECT {columns}, {version} FROM {table} WHERE {by} = %s{suffix}"  # noqa: S608
     converters = [
         (index, _converter(field, converts, using))
         for index, field in enumerate(fields)
@@ -256,14 +287,49 @@ def _converter(field: Any, converts: Sequence[Any], using: str) -> Callable[[Any
 
 
 @lru_cache(maxsize=16)
+def _at_first(model: type[models.Model]) -> dict[str, Any]:
+    """What most columns of a new row are, of those that a statement can say in so many words."""
+    defaults = {
+        field.attname: field.get_default()
+        for field in model._meta.concrete_fields
+        if field.db_default is models.NOT_PROVIDED
+        and (not callable(field.default) or field.default in (list, dict))
+    }
+    return {name: value for name, value in defaults.items() if _in_words(value) is not None}
+
+
+def _in_words(value: Any) -> str | None:
+    """As SQL of any database; None for what it takes a parameter to say."""
+    if value is None:
+        return "NULL"
+    if value == "":
+        return "''"
+    if value in ([], {}):
+        return f"'{json.dumps(value)}'"
+    return str(value) if type(value) is int else None
+
+
+@lru_cache(maxsize=256)
 def _insert(
-    model: type[models.Model], names: tuple[str, ...], using: str, *, returning: bool
+    model: type[models.Model],
+    names: tuple[str, ...],
+    left_out: frozenset[str],
+    using: str,
+    *,
+    returning: bool,
 ) -> str:
+    """With a mark for each of ``names``, and the others as they are at first: sixty values take
+    longer to send and to read than all that is said of a row."""
     quote = connections[using].ops.quote_name
-    fields: list[Any] = [model._meta.get_field(name) for name in names]
-    columns = [quote(field.column) for field in fields]
-    marks = ", ".join(["%s"] * len(columns))
-    sql = f"INSERT INTO {quote(model._meta.db_table)} ({', '.join(columns)}) VALUES ({marks})"  # noqa: S608
+    said = {
+        name: words
+        for name, value in _at_first(model).items()
+        if name not in {*left_out, *names} and (words := _in_words(value)) not in (None, "NULL")
+    } | dict.fromkeys(names, "%s")
+    columns = ", ".join(quote(model._meta.get_field(name).column) for name in said)
+    sql = (
+        f"INSERT INTO {quote(model._meta.db_table)} ({columns}) VALUES ({', '.join(said.values())})"  # noqa: S608
+    )
     key: Any = model._meta.pk
     return f"{sql} RETURNING {quote(key.column)}" if returning else sql
 
