@@ -22,14 +22,14 @@ from collections.abc import (
     Iterator,
     Mapping,
 )
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, ParamSpec, Self, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import httpx
-from asgiref.sync import sync_to_async
+from asgiref.sync import async_to_sync, sync_to_async
 from django.core.signals import setting_changed
 from django.db import InterfaceError, OperationalError, connections
 from django.dispatch import receiver
@@ -521,12 +521,7 @@ async def acomplete(llm_request: LLMRequest, *, within: Within = _NOTHING) -> An
     """``complete`` for async code."""
     call = await _begin(llm_request, is_streamed=False, within=within)
     try:
-        response = await _head(call)
-        try:
-            call.answered(response)
-            body = await _awhole(call, response)
-        finally:
-            await response.aclose()
+        body = await _abody(call)
     except httpx.HTTPError as error:
         raise await _written(call.lost, error) from error
     except StreamBroken as error:
@@ -541,16 +536,7 @@ async def aopen_stream(llm_request: LLMRequest, *, within: Within = _NOTHING) ->
     """``open_stream`` for async code."""
     call = await _begin(llm_request, is_streamed=True, within=within)
     try:
-        response = await _head(call)
-        call.answered(response)
-        if call.is_stream:
-            stream = AsyncStream(call, response)
-            await anext(stream._chunks)  # begun, as a ``Stream`` is
-            return stream
-        try:
-            body = await _awhole(call, response)
-        finally:
-            await response.aclose()
+        opened = await _aopened(call)
     except httpx.HTTPError as error:
         raise await _written(call.lost, error) from error
     except StreamBroken as error:
@@ -558,7 +544,9 @@ async def aopen_stream(llm_request: LLMRequest, *, within: Within = _NOTHING) ->
     except BaseException:
         await _written(call.abort)
         raise
-    raise await _written(call.refused, body)
+    if isinstance(opened, AsyncStream):
+        return opened
+    raise await _written(call.refused, opened)
 
 
 class AsyncStream:
@@ -635,23 +623,42 @@ async def _awhole(call: Call, response: httpx.Response) -> bytes:
     return bytes(body)
 
 
+async def _abody(call: Call) -> bytes:
+    """All that is answered."""
+    response = await _head(call)
+    try:
+        call.answered(response)
+        return await _awhole(call, response)
+    finally:
+        await response.aclose()
+
+
+async def _aopened(call: Call) -> AsyncStream | bytes:
+    """The stream, or all that is answered where that is none."""
+    response = await _head(call)
+    call.answered(response)
+    if call.is_stream:
+        stream = AsyncStream(call, response)
+        await anext(stream._chunks)  # begun, as a ``Stream`` is
+        return stream
+    try:
+        return await _awhole(call, response)
+    finally:
+        await response.aclose()
+
+
 async def _head(call: Call) -> httpx.Response:
     try:
         async with asyncio.timeout(call.seconds):
-            response: httpx.Response = await call.transport.handle_async_request(call.request)
+            transport = call.transport or _kept_by_loop(call.provider)
+            response: httpx.Response = await transport.handle_async_request(call.request)
             return response
     except TimeoutError as error:
         raise httpx.ReadTimeout("no answer in time") from error
 
 
 async def _begin(llm_request: LLMRequest, *, is_streamed: bool, within: Within) -> Call:
-    transport_of = partial(_async_transport, asyncio.get_running_loop())
-
-    def begin() -> Call:
-        call = Call(llm_request, is_streamed=is_streamed, transport_of=transport_of, within=within)
-        call.let_go(always=True)
-        return call
-
+    begin = partial(_begin_for_loop, llm_request, is_streamed=is_streamed, within=within)
     begun = asyncio.ensure_future(sync_to_async(begin)())
     try:
         return await asyncio.shield(begun)
@@ -659,6 +666,12 @@ async def _begin(llm_request: LLMRequest, *, is_streamed: bool, within: Within) 
         call = await begun
         await _written(call.abort)
         raise
+
+
+def _begin_for_loop(llm_request: LLMRequest, *, is_streamed: bool, within: Within) -> Call:
+    call = Call(llm_request, is_streamed=is_streamed, transport_of=_given_to_loops, within=within)
+    call.let_go(always=True)
+    return call
 
 
 async def _written(write: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -671,14 +684,54 @@ async def _written(write: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> 
         raise
 
 
+# --- a thread for which a loop waits ---------------------------------------------------------
+#
+# A view is in one under ASGI, if it writes rows. It begins and ends the call by itself, and has the
+# loop wait for the provider: a reader who waits costs next to nothing, and one who leaves is noticed.
+# To await ``acomplete`` there would go to and fro between thread and loop four times more.
+
+
+def complete_by_loop(llm_request: LLMRequest, *, within: Within = _NOTHING) -> Answer:
+    """``complete`` for a thread in which a loop runs this by ``sync_to_async``."""
+    call = _begin_for_loop(llm_request, is_streamed=False, within=within)
+    with _ending(call):
+        body = async_to_sync(_abody)(call)
+    return call.complete(body)
+
+
+def open_stream_by_loop(llm_request: LLMRequest, *, within: Within = _NOTHING) -> AsyncStream:
+    """``open_stream`` for a thread in which a loop runs this by ``sync_to_async``, and which hands
+    the stream to that loop."""
+    call = _begin_for_loop(llm_request, is_streamed=True, within=within)
+    with _ending(call):
+        opened = async_to_sync(_aopened)(call)
+    if isinstance(opened, AsyncStream):
+        return opened
+    raise call.refused(opened)
+
+
+@contextmanager
+def _ending(call: Call) -> Iterator[None]:
+    """Write down what ends the call while the loop waits."""
+    try:
+        yield
+    except httpx.HTTPError as error:
+        raise call.lost(error) from error
+    except StreamBroken as error:
+        raise call.broken(error) from error
+    except BaseException:
+        call.abort()
+        raise
+
+
 # --- what both share -------------------------------------------------------------------------
 
 
 def _without_keys(chunk: Chunk) -> Chunk:
-    data = plain(chunk.data)
-    if data == chunk.data:
+    conf = app_settings()
+    if not any(secret in chunk.data for secret in conf.secrets_in_bytes):
         return chunk
-    return replace(chunk, data=data, text=app_settings().without_secrets(chunk.text))
+    return replace(chunk, data=plain(chunk.data), text=conf.without_secrets(chunk.text))
 
 
 # Reading a URL takes a tenth of a call, and most calls are to the same few.
@@ -702,13 +755,13 @@ def _transport(provider: Provider) -> httpx.BaseTransport:
     return _pools[key]
 
 
-def _async_transport(
-    loop: asyncio.AbstractEventLoop, provider: Provider
-) -> httpx.AsyncBaseTransport:
-    """The same of an event loop, which alone can use it."""
-    if given := _given(httpx.AsyncBaseTransport):
-        return cast(httpx.AsyncBaseTransport, given)
-    pools = _async_pools.setdefault(loop, {})
+def _given_to_loops(provider: Provider) -> httpx.AsyncBaseTransport | None:
+    return cast(httpx.AsyncBaseTransport | None, _given(httpx.AsyncBaseTransport))
+
+
+def _kept_by_loop(provider: Provider) -> httpx.AsyncBaseTransport:
+    """The same of the event loop that is running, which alone can use it."""
+    pools = _async_pools.setdefault(asyncio.get_running_loop(), {})
     if provider.name not in pools:
         pool = httpx.AsyncHTTPTransport(verify=_ssl_context(), limits=_limits())
         pools.setdefault(provider.name, pool)

@@ -166,6 +166,11 @@ class AppSettings:
         return sorted((key.strip() for key in keys if len(key.strip()) >= 8), key=len, reverse=True)
 
     @cached_property
+    def secrets_in_bytes(self) -> list[bytes]:
+        """The same as they stand in what comes over the wire."""
+        return [secret.encode() for secret in self.secrets]
+
+    @cached_property
     def built_providers(self) -> dict[str, Any]:
         """Name -> ``providers.Provider``, of those that have been asked for."""
         return {}

@@ -98,7 +98,7 @@ def _look(
     if values[-1] is None:
         values[-1] = names, found[:-1]
     for index, convert in converters:
-        values[index] = convert(values[index])
+        values[index] = convert(values[index], connection)
     # What ``from_db`` does, without asking each of sixty fields whether it was loaded.
     row = model.__new__(model)
     row.__dict__.update(zip(attnames, values, strict=True), _state=ModelState())
@@ -228,9 +228,9 @@ def _prepared(
     model: type[models.Model], names: tuple[str, ...], values: Iterable[Any], using: str
 ) -> list[Any]:
     """As the ORM does it, without asking a field for which there is nothing to do."""
-    prepared = list(values)
+    prepared, connection = list(values), connections[using]
     for index, field in _to_prepare(model, names, using):
-        prepared[index] = field.get_db_prep_save(prepared[index], connections[using])
+        prepared[index] = field.get_db_prep_save(prepared[index], connection)
     return prepared
 
 
@@ -251,14 +251,14 @@ def _select(
     by: str,
     version: str,
     suffix: str,
-) -> tuple[str, list[str], list[tuple[int, Callable[[Any], Any]]]]:
+) -> tuple[str, list[str], list[tuple[int, Callable[[Any, Any], Any]]]]:
     connection = connections[using]
     fields: list[Any] = [model._meta.get_field(name) for name in names]
     columns = ", ".join(connection.ops.quote_name(field.column) for field in fields)
     table = connection.ops.quote_name(model._meta.db_table)
     sql = f"SELECT {columns}, {version} FROM {table} WHERE {by} = %s{suffix}"  # noqa: S608
     converters = [
-        (index, _converter(field, converts, using))
+        (index, _converter(field, converts))
         for index, field in enumerate(fields)
         if (converts := _converters(field, using))
     ]
@@ -275,12 +275,12 @@ def _converters(field: Any, using: str) -> Sequence[Any]:
     ]
 
 
-def _converter(field: Any, converts: Sequence[Any], using: str) -> Callable[[Any], Any]:
+def _converter(field: Any, converts: Sequence[Any]) -> Callable[[Any, Any], Any]:
     column = field.get_col(field.model._meta.db_table)
 
-    def convert(value: Any) -> Any:
+    def convert(value: Any, connection: Any) -> Any:
         for each in converts:
-            value = each(value, column, connections[using])
+            value = each(value, column, connection)
         return value
 
     return convert

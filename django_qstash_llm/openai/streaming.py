@@ -54,6 +54,7 @@ class AsyncEvents:
     def __init__(self, stream: AsyncStream, kept: KeptAnswer | None) -> None:
         self._stream = stream
         self._said = _Said(kept, stream.llm_request)
+        self._is_over = False
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         said = self._said
@@ -64,14 +65,17 @@ class AsyncEvents:
             last = said.note(_DONE)
         except ChatFailed as error:
             last = said.event(as_refusal(error).body)
+        self._is_over = True
         # First: many leave as soon as they have heard the last word.
-        await sync_to_async(said.keep)()
+        if said.is_kept:
+            await sync_to_async(said.keep)()
         yield last
 
     def close(self) -> None:
         """Django calls it when the response is at its end, however it came to it: a reader may leave
         while nothing here is at work that could notice."""
-        async_to_sync(self._stream.aclose)()
+        if not self._is_over:
+            async_to_sync(self._stream.aclose)()
 
 
 class _Said:
@@ -86,7 +90,7 @@ class _Said:
 
     def event(self, data: bytes) -> bytes:
         if not self._is_usage_asked:
-            data = _NO_USAGE.sub(b"", data)
+            data = _NO_USAGE.sub(b"", data) if b'"usage"' in data else data
         # JSON may have come in several lines.
         return self.note(b"data: " + data.replace(b"\n", b"\ndata: ") + b"\n\n")
 
@@ -96,6 +100,10 @@ class _Said:
             if self._left >= 0:
                 self._parts.append(event)
         return event
+
+    @property
+    def is_kept(self) -> bool:
+        return self._kept is not None
 
     def keep(self) -> None:
         if self._kept is not None and self._left >= 0:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from uuid import UUID
 
-from asgiref.sync import async_to_sync
 from django.db import router
 from django.http import HttpResponse, HttpResponseBase, JsonResponse, StreamingHttpResponse
 from rest_framework.request import Request
@@ -70,7 +69,7 @@ def _answer(
         return _stream(request, llm_request, kept)
     # Who brought a key will come back for the answer, and is not to pay for it twice.
     may_leave = is_asgi(request) and kept is None
-    complete = async_to_sync(chat.acomplete) if may_leave else chat.complete
+    complete = chat.complete_by_loop if may_leave else chat.complete
     answer = complete(llm_request, within=written_under(kept))
     headers = passed_on(answer.headers) | _named(llm_request)
     return HttpResponse(answer.body, status=answer.status, content_type=JSON, headers=headers)
@@ -90,8 +89,11 @@ def _begin(llm_request: LLMRequest, kept: KeptAnswer | None) -> HttpResponse:
 def _stream(
     request: Request, llm_request: LLMRequest, kept: KeptAnswer | None
 ) -> StreamingHttpResponse:
-    open_stream = async_to_sync(chat.aopen_stream) if is_asgi(request) else chat.open_stream
-    stream: Stream | AsyncStream = open_stream(llm_request, within=written_under(kept))
+    stream: Stream | AsyncStream
+    if is_asgi(request):
+        stream = chat.open_stream_by_loop(llm_request, within=written_under(kept))
+    else:
+        stream = chat.open_stream(llm_request, within=written_under(kept))
     headers = passed_on(stream.headers) | streaming.HEADERS | _named(llm_request)
     said = streaming.events(stream, kept)
     return StreamingHttpResponse(said, content_type=streaming.EVENTS, headers=headers)
