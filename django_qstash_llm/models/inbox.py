@@ -108,20 +108,15 @@ def _look(
 
 def insert(row: models.Model, *, using: str) -> None:
     """Store a new row; its key is set. Sends no signals: nobody else's code runs here."""
-    connection, first = connections[using], _at_first(type(row))
-    names = tuple(
-        name
-        for name in _stored_names(row)
-        if name not in first or first[name] != getattr(row, name)
-    )
-    values = _stored(row, names, using)
-    left_out = getattr(row, "left_to_the_database", frozenset())
+    connection, stored, first = connections[using], _stored_names(row), _at_first(type(row))
+    said = tuple(name for name in stored if name not in first or first[name] != getattr(row, name))
+    values = _stored(row, said, using)
     with connection.cursor() as cursor:
         if connection.features.can_return_columns_from_insert:
-            cursor.execute(_insert(type(row), names, left_out, using, returning=True), values)
+            cursor.execute(_insert(type(row), stored, said, using, returning=True), values)
             [row.pk] = cursor.fetchone()
         else:
-            cursor.execute(_insert(type(row), names, left_out, using, returning=False), values)
+            cursor.execute(_insert(type(row), stored, said, using, returning=False), values)
             key: Any = row._meta.pk
             row.pk = connection.ops.last_insert_id(cursor, row._meta.db_table, key.column)
     row._state.adding, row._state.db = False, using
@@ -312,24 +307,25 @@ def _in_words(value: Any) -> str | None:
 @lru_cache(maxsize=256)
 def _insert(
     model: type[models.Model],
-    names: tuple[str, ...],
-    left_out: frozenset[str],
+    stored: tuple[str, ...],
+    said: tuple[str, ...],
     using: str,
     *,
     returning: bool,
 ) -> str:
-    """With a mark for each of ``names``, and the others as they are at first: sixty values take
-    longer to send and to read than all that is said of a row."""
+    """With a mark for each of ``said``, and the rest of ``stored`` as it is at first: sixty values
+    take longer to send and to read than all that is said of a row."""
     quote = connections[using].ops.quote_name
-    said = {
-        name: words
-        for name, value in _at_first(model).items()
-        if name not in {*left_out, *names} and (words := _in_words(value)) not in (None, "NULL")
-    } | dict.fromkeys(names, "%s")
-    columns = ", ".join(quote(model._meta.get_field(name).column) for name in said)
-    sql = (
-        f"INSERT INTO {quote(model._meta.db_table)} ({columns}) VALUES ({', '.join(said.values())})"  # noqa: S608
-    )
+    first = _at_first(model)
+    written = {
+        name: "%s" if name in said else _in_words(first[name])
+        for name in stored
+        if name in said or first[name] is not None
+    }
+    fields: list[Any] = [model._meta.get_field(name) for name in written]
+    columns = ", ".join(quote(field.column) for field in fields)
+    values = ", ".join(map(str, written.values()))
+    sql = f"INSERT INTO {quote(model._meta.db_table)} ({columns}) VALUES ({values})"  # noqa: S608
     key: Any = model._meta.pk
     return f"{sql} RETURNING {quote(key.column)}" if returning else sql
 
