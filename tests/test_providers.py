@@ -23,6 +23,14 @@ from django_qstash_llm.qstash.options import check_name
 BEARER = {"Authorization": "Bearer sk-1"}
 
 
+def test_a_provider_is_built_once_and_anew_when_the_settings_change() -> None:
+    with override_settings(QSTASH_LLM={"PROVIDERS": {"openai": {"API_KEY": "sk-1"}}}):
+        provider = get_provider("openai")
+        assert get_provider("openai") is provider
+    with override_settings(QSTASH_LLM={"PROVIDERS": {"openai": {"API_KEY": "sk-2"}}}):
+        assert get_provider("openai").headers == {"Authorization": "Bearer sk-2"}
+
+
 @pytest.mark.parametrize(
     ("name", "options", "provider"),
     [

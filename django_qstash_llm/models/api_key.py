@@ -60,7 +60,10 @@ class ApiKeyQuerySet(models.QuerySet["ApiKey"]):
         found = inbox.find(self.model, "digest", digest_of(key), using=self.db)
         if found is not None and found.user_id is not None:
             related: Any = self.model._meta.get_field("user").related_model
-            found.user = related._base_manager.using(self.db).get(pk=found.user_id)
+            user = related._base_manager.using(self.db).filter(pk=found.user_id).first()
+            if user is None:
+                return None  # deleted a moment ago, and the key with them
+            found.user = user
         return found if found is not None and found.is_usable(now) else None
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import pytest
@@ -16,7 +17,7 @@ from django.utils.functional import SimpleLazyObject
 from django.utils.translation import gettext_lazy
 
 from django_qstash_llm.exceptions import ConfigurationError, IllegalState, InvalidRequest
-from django_qstash_llm.models import Batch, Conversation, LLMRequest
+from django_qstash_llm.models import Batch, Conversation, LLMRequest, inbox
 from django_qstash_llm.models.outbox import Outbox
 from django_qstash_llm.models.request import State
 from django_qstash_llm.qstash import (
@@ -664,3 +665,33 @@ def test_second_click_on_resubmit_asks_nothing_more(qstash: FakeQStash) -> None:
     with pytest.raises(IllegalState, match=str(again.uuid)):
         row.resubmit()
     assert LLMRequest.objects.count() == 2
+
+
+def test_a_row_that_says_what_is_new_is_the_row_that_the_orm_writes(db: None) -> None:
+    """Also where a column is what it is at first, or is left out of the statement."""
+    asked: dict[str, Any] = {
+        "uuid": uuid4(),
+        "created_at": timezone.now(),
+        "via": "chat",
+        "model": "gpt-5.4-mini",
+        "messages": [{"role": "user", "content": "What is it?"}],
+        "parameters": {"n": 1},
+        "labels": ["a"],
+        "retries": 0,
+        "submission_number": 2,
+    }
+    by_orm = LLMRequest(**asked, state="submitted")
+    by_orm.save()
+    (stored,) = LLMRequest.objects.filter(pk=by_orm.pk).values()
+    by_orm.delete()
+    row = inbox.new(LLMRequest, **asked, state="submitted")
+    inbox.insert(row, using="default")
+    (found,) = LLMRequest.objects.filter(pk=row.pk).values()
+    assert stored.pop("id") < found.pop("id")
+    assert found == stored
+
+
+def test_two_new_rows_share_nothing(db: None) -> None:
+    one, other = inbox.new(LLMRequest), inbox.new(LLMRequest)
+    one.messages.append({"role": "user", "content": "Only here."})
+    assert (other.messages, one.uuid != other.uuid) == ([], True)

@@ -12,7 +12,9 @@ from uuid import uuid4
 import httpx
 import pytest
 from django.contrib.auth.models import User
+from django.db import connection
 from django.test import Client, override_settings
+from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
 from django_qstash_llm.models import ApiKey, KeptAnswer, LLMRequest
@@ -243,6 +245,23 @@ def test_a_key_ends_with_its_users_account(post: Post, provider: Wire) -> None:
     refused(post(key=key), 401, "invalid_api_key")
     User.objects.all().delete()
     refused(post(key=key), 401, "invalid_api_key")
+
+
+def test_a_chat_takes_three_statements(post: Post, wire: Wire) -> None:
+    """Who asks, that they ask, and how it ended: the second before the provider is called."""
+    written: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        written.extend(each["sql"].split()[0] for each in connection.queries[-1:])
+        return httpx.Response(200, json=ANSWER)
+
+    wire.hosts[PROVIDER] = answer
+    post()  # the first in a minute says that the key is used
+    with CaptureQueriesContext(connection) as captured:
+        assert post().status_code == 200
+    words = [each["sql"].split()[0] for each in captured.captured_queries]
+    assert words == ["SELECT", "INSERT", "UPDATE"]
+    assert written == ["INSERT"]
 
 
 def test_a_key_is_for_its_scopes(post: Post, get: Any, provider: Wire) -> None:
