@@ -134,10 +134,11 @@ def update_in(row: models.Model, state: str, changes: Mapping[str, Any], *, usin
     """Write ``changes`` of a row that nobody has locked, and whether it was in ``state`` still."""
     names = tuple(changes)
     values = _prepared(type(row), names, changes.values(), using)
+    # Not as it is: of an index that holds the rows in one state PostgreSQL believes that these are
+    # few, and reads all that have been in it since the last vacuum.
+    sql = f"{_update(type(row), names, using)} AND state || '' = %s"
     with connections[using].cursor() as cursor:
-        cursor.execute(
-            f"{_update(type(row), names, using)} AND state = %s", [*values, row.pk, state]
-        )
+        cursor.execute(sql, [*values, row.pk, state])
         return bool(cursor.rowcount)
 
 
@@ -288,7 +289,7 @@ def _at_first(model: type[models.Model]) -> dict[str, Any]:
         field.attname: field.get_default()
         for field in model._meta.concrete_fields
         if field.db_default is models.NOT_PROVIDED
-        and (not callable(field.default) or field.default in (list, dict))
+        and (field.default in (models.NOT_PROVIDED, list, dict) or not callable(field.default))
     }
     return {name: value for name, value in defaults.items() if _in_words(value) is not None}
 
