@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import base64
+import binascii
 import hashlib
 import hmac
 import json
 import random
 import re
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jwt
@@ -145,13 +148,47 @@ def _verified_payload(signature: str, keys: Sequence[str]) -> tuple[bytes, int]:
         raise SignatureError("no_key", "no usable signing key is configured")
     for index, key in usable:
         try:
-            return _JWS.decode(signature, key, algorithms=["HS256"]), index
+            payload = _signed_as_qstash_does(signature, key)
+            if payload is None:
+                payload = _JWS.decode(signature, key, algorithms=["HS256"])
+            return payload, index
         except jwt.InvalidSignatureError:
             continue
         # Foreign bytes: besides its own errors PyJWT lets json's and base64's through.
         except (jwt.PyJWTError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise SignatureError("malformed", f"not a signature: {error}") from error
     raise SignatureError("key", "signed with none of our keys")
+
+
+# What QStash sends, to the letter: the one header, and base64url without padding.
+_AS_QSTASH_DOES = re.compile(rf"({_HS256}\.([\w-]+))\.([\w-]{{43}})", re.ASCII)
+
+
+def _signed_as_qstash_does(signature: str, key: str) -> bytes | None:
+    """The payload of a token that is spelled as QStash spells it and signed with ``key``, in a third
+    of PyJWT's time. Anything else is None, which says nothing: PyJWT has the last word on it."""
+    token, prepared = _AS_QSTASH_DOES.fullmatch(signature), _prepared(key)
+    if token is None or prepared is None:
+        return None
+    signed, payload, claimed = token.groups()
+    digest = hmac.digest(prepared, signed.encode(), "sha256")
+    if not hmac.compare_digest(_base64url(digest), claimed):
+        return None
+    with suppress(binascii.Error):
+        decoded = base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4))
+        return decoded if _base64url(decoded) == payload else None
+    return None
+
+
+@lru_cache(maxsize=8)
+def _prepared(key: str) -> bytes | None:
+    """``key`` where PyJWT takes it for a secret, and warns of nothing."""
+    algorithm = _JWS.get_algorithm_by_name("HS256")
+    try:
+        secret: bytes = algorithm.prepare_key(key)
+    except (jwt.PyJWTError, ValueError):
+        return None
+    return secret if len(secret) >= hashlib.sha256().digest_size else None
 
 
 _CLAIM_TYPES: dict[str, type | tuple[type, ...]] = {

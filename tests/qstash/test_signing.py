@@ -640,3 +640,50 @@ def test_no_jose_header_makes_the_verifier_fail_even_when_signed(header: dict[st
 @fuzz
 def test_no_payload_makes_the_verifier_fail_even_when_signed(payload: bytes) -> None:
     assert reason(forge(payload)) == "claims"
+
+
+# --- the short way and the long way --------------------------------------------------------------
+
+# In a payload and in a MAC: letters of the alphabet, others, padding, and one part more or less.
+spots = st.integers(0, 400)
+edits = st.lists(
+    st.tuples(spots, st.integers(0, 2), st.sampled_from("AQgw-_=+/.! \u00e9")), max_size=2
+)
+signing_keys = st.sampled_from(
+    [
+        CURRENT,
+        "x" * 32,
+        "\u00e9" * 20,
+        "-----BEGIN PUBLIC KEY-----\nMFkw\n-----END PUBLIC KEY-----",
+        "ssh-rsa AAAAB3NzaC1yc2EAAAADAQABAAABAQ",
+    ]
+)
+
+
+def edited(text: str, changes: list[tuple[int, int, str]]) -> str:
+    for spot, removed, put in changes:
+        spot %= len(text)
+        text = text[:spot] + put + text[spot + removed :]
+    return text
+
+
+@given(edits, st.booleans(), signing_keys)
+@settings(fuzz, max_examples=400)
+def test_what_we_believe_pyjwt_believes_and_the_other_way_round(
+    changes: list[tuple[int, int, str]], is_signed_again: bool, key: str
+) -> None:
+    header, payload, mac = sign(BODY, url=URL, key=key, now=NOW).split(".")
+    signed = edited(f"{header}.{payload}", changes)
+    if is_signed_again:
+        mac = base64url(hmac.digest(key.encode(), signed.encode(), "sha256")).decode()
+        token = f"{signed}.{mac}"
+    else:
+        token = edited(f"{header}.{payload}.{mac}", changes)
+    try:
+        told = jwt.PyJWS(algorithms=["HS256"]).decode(token, key, algorithms=["HS256"])
+    except (jwt.PyJWTError, ValueError):
+        assert reason(token, keys=[key]) in {"malformed", "key"}
+    else:
+        assert reason(token, keys=[key]) not in {"malformed", "key"}
+        if told == base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)):
+            assert reason(token, keys=[key]) == "believed"
