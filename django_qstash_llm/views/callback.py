@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 from uuid import UUID
 
 from django.contrib.auth.decorators import login_not_required
 from django.db import DatabaseError, InterfaceError
-from django.http import HttpResponse, HttpResponseBase, UnreadablePostError
+from django.http import HttpRequest, HttpResponse, HttpResponseBase, UnreadablePostError
 from django.utils import timezone
 from rest_framework.request import Request
 from rest_framework.response import Response
@@ -36,7 +37,20 @@ class CallbackView(OwnView):
 
     http_method_names = ["post"]
 
-    def post(self, request: Request, uuid: UUID) -> HttpResponseBase:
+    def dispatch(self, request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
+        # What is stored, and that is nearly all, needs nothing of what DRF gets ready for a request.
+        if request.method == "POST":
+            self.refusal = self._take(request, kwargs["uuid"])
+            if self.refusal is None:
+                return HttpResponse(_STORED, headers=_STORED_HEADERS)
+        return super().dispatch(request, *args, **kwargs)
+
+    def post(self, request: Request, uuid: UUID) -> Response:
+        assert self.refusal is not None
+        return self.refusal
+
+    def _take(self, request: HttpRequest, uuid: UUID) -> Response | None:
+        """Why it is refused; None where it is stored."""
         try:
             body, claims = read_signed_body(request, uuid)
         except SignatureError:
@@ -51,7 +65,7 @@ class CallbackView(OwnView):
                 CallbackResponse.objects.receive(
                     Callback.from_json(decompress(body), with_source=False),
                     uuid=uuid,
-                    message_id=request.headers.get("Upstash-Message-Id", ""),
+                    message_id=request.META.get("HTTP_UPSTASH_MESSAGE_ID", ""),
                     key_index=claims.key_index,
                     now=now,
                 )
@@ -68,7 +82,7 @@ class CallbackView(OwnView):
             logger.exception("Callback for %s could not be stored; QStash will repeat it", uuid)
             # No Retry-After: QStash's own back-off outlasts an outage, five quick repeats do not.
             return Response({"error": "database unavailable"}, status=503)
-        return HttpResponse(_STORED, headers=_STORED_HEADERS)
+        return None
 
 
 # With ATOMIC_REQUESTS a failure to read would roll back the evidence.

@@ -46,7 +46,7 @@ class PingView(OwnView):
 
     def _take(self, request: Request, uuid: UUID, now: datetime) -> Response:
         try:
-            _body, claims = read_signed_ping(request, uuid)
+            _body, claims = read_signed_ping(request._request, uuid)
         except SignatureError as error:
             _note(uuid, f"{error.reason}: {error}", now=now)
             return Response({"error": "invalid signature"}, status=401)
