@@ -160,10 +160,12 @@ def post(path: str, body: bytes, url: str) -> bytes:
     return head.encode() + body
 
 
-def callback_post(uuid: object, index: int) -> bytes:
+def callback_post(uuid: object, index: int, **changed: Any) -> bytes:
     from benchmarks.callback_site import CALLBACK_URL
 
-    return post(f"/callback/{uuid}/", envelope(index), f"{CALLBACK_URL}/callback/{uuid}/")
+    return post(
+        f"/callback/{uuid}/", envelope(index, **changed), f"{CALLBACK_URL}/callback/{uuid}/"
+    )
 
 
 # --- the contenders ----------------------------------------------------------------------------
@@ -175,16 +177,24 @@ class Ours:
     name, title = "ours", "ours"
 
     def prepare(self, count: int) -> list[bytes]:
+        from django.utils import timezone
+
         from django_qstash_llm.models import CallbackResponse, LLMRequest
 
         self.newest_receipt = newest(CallbackResponse)
         self.newest = newest(LLMRequest)
+        now = timezone.now()
         rows = [LLMRequest(messages=PROMPT) for _ in range(count)]
         for row in rows:
             row.prepare()
-            row.state = "submitted"
+            # As the outbox leaves it.
+            row.state, row.qstash_message_id = "submitted", f"msg_{uuids.uuid4().hex}"
+            row.submitted_at, row.deadline_at = now, row.next_deadline(now)
         LLMRequest.objects.bulk_create(rows, batch_size=500)
-        return [callback_post(row.uuid, index) for index, row in enumerate(rows)]
+        return [
+            callback_post(row.uuid, index, source_message_id=row.qstash_message_id)
+            for index, row in enumerate(rows)
+        ]
 
     def problem(self, count: int) -> str:
         from django_qstash_llm.models import CallbackResponse, LLMRequest

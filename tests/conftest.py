@@ -13,6 +13,7 @@ from django.test import Client
 from django.utils import timezone
 
 from django_qstash_llm.models import LLMRequest
+from django_qstash_llm.models import callback as receipts
 from django_qstash_llm.qstash import Callback, sign
 
 from .wire import FakeQStash, Wire
@@ -43,6 +44,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("last") is not None)
+
+
+@pytest.fixture(autouse=True)
+def nothing_answered() -> None:
+    """As in a process that begins: nobody has answered it yet, so nothing is supposed."""
+    receipts.forget_who_answered()
 
 
 @pytest.fixture

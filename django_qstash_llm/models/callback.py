@@ -43,6 +43,11 @@ UNSTORABLE = (DataError, IntegrityError, OverflowError, UnicodeError)
 MOST_APPLY_TRIES = 10
 """More than an hour of tries. After them a person has to mend something."""
 
+# The provider's URL and the model that answered -> the provider and the model that were asked when it
+# last did. It saves a look and decides nothing: see ``suppose_request``.
+_answered: dict[tuple[str, str], tuple[str, str]] = {}
+_MOST_ANSWERED = 1000
+
 # One less than the column takes: attempts are one more than retries.
 _MOST_RETRIED = 2**31 - 2
 
@@ -91,7 +96,8 @@ class CallbackResponseQuerySet(models.QuerySet["CallbackResponse"]):
         again: see ``unapplied``.
         """
         self._for_write = True  # for self.db: not the replica that reads would go to
-        callback = replace(callback, body=_unpacked(callback.body))
+        if is_gzip(callback.body):
+            callback = replace(callback, body=_unpacked(callback.body))
         receipt = inbox.new(
             self.model,
             uuid=uuid,
@@ -137,15 +143,37 @@ class CallbackResponseQuerySet(models.QuerySet["CallbackResponse"]):
 
     def _store_at_once(self, receipt: CallbackResponse, callback: Callback) -> bool:
         """Whether nobody else has changed the request meanwhile, and all of it is written."""
-        receipt.llm_request = llm_request = LLMRequest.objects.using(self.db).look(receipt.uuid)
-        notes = receipt.problem
+        using = self.db
+        unread = dict(receipt.__dict__)
+        supposed = receipt.suppose_request(callback, using=using)
+        if supposed is not None and self._store_read(receipt, callback, supposed):
+            return True
+        if supposed is not None:
+            receipt.__dict__.update(unread)
+        llm_request = LLMRequest.objects.using(using).look(receipt.uuid)
+        if self._store_read(receipt, callback, llm_request):
+            receipt.note_who_answered(callback)
+            return True
+        receipt.__dict__.update(unread)  # it was not read, after all
+        return False
+
+    def _store_read(
+        self, receipt: CallbackResponse, callback: Callback, llm_request: LLMRequest | None
+    ) -> bool:
+        """Read it and write what it changes, unless ``llm_request`` is not so, or not so any more."""
+        using, is_supposed = self.db, llm_request is not None and llm_request.pk is None
+        receipt.llm_request = llm_request
         changes = receipt.read(callback, now=receipt.received_at)
+        if is_supposed and changes.get("state") != State.COMPLETED:
+            return False
         needed = llm_request.needed(changes) if llm_request else {}
-        if not inbox.store_at_once(receipt, llm_request, needed, using=self.db):
-            receipt.problem, receipt.applied_at = notes, None  # it was not read, after all
+        if not inbox.store_at_once(receipt, llm_request, needed, using=using):
             return False
         if llm_request and changes:
             llm_request.become(changes)
+        if is_supposed:
+            # Who wants to know more of it looks.
+            receipt._state.fields_cache.pop("llm_request", None)
         receipt.ring()
         return True
 
@@ -252,6 +280,9 @@ class CallbackResponse(Attempt):
     """How often reading it broke: a fault of ours, not of the callback's."""
     apply_after = models.DateTimeField(_("apply after"), null=True, blank=True)
 
+    _read: tuple[Callback, Completion] | None = None
+    """What was read, so that it is read once."""
+
     objects = CallbackResponseQuerySet.as_manager()
 
     class Meta:
@@ -330,6 +361,52 @@ class CallbackResponse(Attempt):
             return self.is_answer
         # What was cut or forgotten is taken for it.
         return not stored.is_body_cut and bytes(stored.body) != bytes(self.body)
+
+    def suppose_request(self, callback: Callback, *, using: str) -> LLMRequest | None:
+        """The request as it nearly always is when an answer comes: submitted, and asked for the same
+        as the last one that was answered by this model from there. None where more has to be known,
+        or nothing is.
+
+        Then it need not be looked at. A wrong supposition is found out by the database, and costs
+        a statement that writes nothing.
+        """
+        is_plain = callback.is_success and not callback.dlq_id and callback.max_retries is not None
+        if not is_plain or not _answered or not inbox.can_suppose(using):
+            return None
+        # What else a request may lose when it ends depends on its messages.
+        if app_settings().store_messages != "full":
+            return None
+        try:
+            answered_by = self._completion(callback).model
+        except UnreadableCompletion:
+            return None
+        asked = _answered.get((callback.url, answered_by))
+        if asked is None:
+            return None
+        return LLMRequest.suppose(
+            using=using,
+            uuid=self.uuid,
+            provider=asked[0],
+            model=asked[1],
+            qstash_message_id=self.source_message_id,
+        )
+
+    def note_who_answered(self, callback: Callback) -> None:
+        """For ``suppose_request``."""
+        llm_request = self.llm_request
+        if llm_request is None or llm_request.finished_at != self.received_at:
+            return
+        if llm_request.state == State.COMPLETED:
+            if len(_answered) >= _MOST_ANSWERED:
+                forget_who_answered()
+            asked = (llm_request.provider, llm_request.model)
+            _answered[callback.url, llm_request.answered_by] = asked
+
+    def _completion(self, callback: Callback) -> Completion:
+        """Raises ``UnreadableCompletion``."""
+        if self._read is None or self._read[0] is not callback:
+            self._read = callback, read_body(callback.body)
+        return self._read[1]
 
     def read(self, callback: Callback, *, now: datetime) -> Changes:
         """What ``callback`` changes about the locked ``llm_request``, and that it has been read.
@@ -509,7 +586,7 @@ class CallbackResponse(Attempt):
         if llm_request.state == State.COMPLETED:
             self._note_at_first(_ANOTHER_ANSWER)
         try:
-            completion = read_body(callback.body)
+            completion = self._completion(callback)
         except UnreadableCompletion as error:
             self._note(str(error))
             self._read_trouble(llm_request, callback)
@@ -596,6 +673,11 @@ _ANOTHER_ANSWER = (
     "The request was completed before by another answer. This one is paid for as well: it is not "
     "used, and not part of the request's cost."
 )
+
+
+def forget_who_answered() -> None:
+    """Suppose nothing of the next request that is answered: see ``suppose_request``."""
+    _answered.clear()
 
 
 def _tells_limits(header: Mapping[str, Any]) -> bool:

@@ -11,21 +11,27 @@ with one: on PostgreSQL one statement, on SQLite a short transaction.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
 from uuid import UUID
 
-from django.db import connections, models, transaction
+from django.db import DatabaseError, connections, models
 from django.db.models.base import ModelState
+
+try:
+    from psycopg import Cursor
+except ImportError:  # psycopg2, or no PostgreSQL at all
+    Cursor: Any = None  # type: ignore[no-redef]
 
 Row = TypeVar("Row", bound=models.Model)
 
 
 VERSION = "_version"
-"""Where a row that was looked at keeps which version of it that was: PostgreSQL's own mark of it, or
-what was found."""
+"""Where a row that was looked at keeps which version of it that was: names of columns and what they
+held. On PostgreSQL these are its key and PostgreSQL's own mark of a version."""
+MARK = "xmin"
+"""The transaction that wrote a version of a row."""
 
 
 def new(model: type[Row], /, **values: Any) -> Row:
@@ -73,7 +79,27 @@ def lock(model: type[Row], uuid: UUID, names: tuple[str, ...], *, using: str) ->
 def look(model: type[Row], uuid: UUID, names: tuple[str, ...], *, using: str) -> Row | None:
     """The same without a lock, for ``store_at_once``."""
     is_postgresql = connections[using].vendor == "postgresql"
-    return _look(model, uuid, names, using, version="xmin::text" if is_postgresql else "NULL")
+    return _look(model, uuid, names, using, version=f"{MARK}::text" if is_postgresql else "NULL")
+
+
+def can_suppose(using: str) -> bool:
+    """Whether a wrong supposition costs less than looking does."""
+    return connections[using].vendor == "postgresql"
+
+
+def suppose(model: type[Row], values: Mapping[str, Any], *, to_learn: str, using: str) -> Row:
+    """A row that nobody has looked at, for ``store_at_once``, which writes if it is there and holds
+    these ``values``. What the field ``to_learn`` holds is known after that, as is its key."""
+    row = new(model)
+    row.__dict__.update(values)
+    names = tuple(values)
+    row.__dict__[VERSION] = names, _prepared(model, names, values.values(), using)
+    row.__dict__[TO_LEARN] = to_learn
+    row._state.adding, row._state.db = False, using
+    return row
+
+
+TO_LEARN = "_to_learn"
 
 
 def _look(
@@ -87,16 +113,13 @@ def _look(
     suffix: str = "",
 ) -> Row | None:
     connection = connections[using]
-    field: Any = model._meta.get_field(by)
     sql, attnames, converters = _select(model, names, using, by, version, suffix)
-    with connection.cursor() as cursor:
-        cursor.execute(sql, [field.get_db_prep_value(value, connection)])
-        found = cursor.fetchone()
+    found = _fetch(sql, _prepared(model, (by,), [value], using), using)
     if found is None:
         return None
     values = list(found)
-    if values[-1] is None:
-        values[-1] = names, found[:-1]
+    mark = values[-1]
+    values[-1] = (names, found[:-1]) if mark is None else (("id", MARK), (values[0], mark))
     for index, convert in converters:
         values[index] = convert(values[index], connection)
     # What ``from_db`` does, without asking each of sixty fields whether it was loaded.
@@ -108,15 +131,14 @@ def _look(
 
 def insert(row: models.Model, *, using: str) -> None:
     """Store a new row; its key is set. Sends no signals: nobody else's code runs here."""
-    connection, stored, first = connections[using], _stored_names(row), _at_first(type(row))
-    said = tuple(name for name in stored if name not in first or first[name] != getattr(row, name))
-    values = _stored(row, said, using)
-    with connection.cursor() as cursor:
-        if connection.features.can_return_columns_from_insert:
-            cursor.execute(_insert(type(row), stored, said, using, returning=True), values)
-            [row.pk] = cursor.fetchone()
-        else:
-            cursor.execute(_insert(type(row), stored, said, using, returning=False), values)
+    connection = connections[using]
+    names, usual, values = _stored(row, using)
+    if connection.features.can_return_columns_from_insert:
+        sql = _insert(type(row), names, usual, using, returning=True)
+        [row.pk] = _fetch(sql, values, using)
+    else:
+        with connection.cursor() as cursor:
+            cursor.execute(_insert(type(row), names, usual, using, returning=False), values)
             key: Any = row._meta.pk
             row.pk = connection.ops.last_insert_id(cursor, row._meta.db_table, key.column)
     row._state.adding, row._state.db = False, using
@@ -126,8 +148,7 @@ def update(row: models.Model, changes: Mapping[str, Any], *, using: str) -> None
     """Write ``changes`` of a row that is locked."""
     names = tuple(changes)
     values = _prepared(type(row), names, changes.values(), using)
-    with connections[using].cursor() as cursor:
-        cursor.execute(_update(type(row), names, using), [*values, row.pk])
+    _write(_update(type(row), names, using), [*values, row.pk], using)
 
 
 def update_in(row: models.Model, state: str, changes: Mapping[str, Any], *, using: str) -> bool:
@@ -137,9 +158,7 @@ def update_in(row: models.Model, state: str, changes: Mapping[str, Any], *, usin
     # Not as it is: of an index that holds the rows in one state PostgreSQL believes that these are
     # few, and reads all that have been in it since the last vacuum.
     sql = f"{_update(type(row), names, using)} AND state || '' = %s"
-    with connections[using].cursor() as cursor:
-        cursor.execute(sql, [*values, row.pk, state])
-        return bool(cursor.rowcount)
+    return bool(_write(sql, [*values, row.pk, state], using))
 
 
 def can_store_at_once(using: str) -> bool:
@@ -169,16 +188,18 @@ def _in_one_statement(
     changes: Mapping[str, Any],
     using: str,
 ) -> bool:
-    names, stored = tuple(changes), _stored_names(receipt)
-    sql = _statement(type(receipt), stored, type(row), names, using)
+    names, (known, held) = tuple(changes), getattr(row, VERSION)
+    to_learn = getattr(row, TO_LEARN, "id")
+    stored, usual, values = _stored(receipt, using, without=_LINK)
     changed = _prepared(type(row), names, changes.values(), using)
-    with connections[using].cursor() as cursor:
-        values = _stored(receipt, stored, using)
-        cursor.execute(sql, [*changed, row.pk, getattr(row, VERSION), *values])
-        found = cursor.fetchone()
+    nulls = tuple(name for name, value in zip(known, held, strict=True) if value is None)
+    held = [value for value in held if value is not None]
+    sql = _statement(type(receipt), stored, usual, type(row), names, known, nulls, to_learn, using)
+    found = _fetch(sql, [*changed, *held, *values], using)
     if found is None:
         return False
-    [receipt.pk] = found
+    receipt.pk, row.pk, row.__dict__[to_learn] = found
+    receipt.__dict__[_LINK] = row.pk
     receipt._state.adding, receipt._state.db = False, using
     return True
 
@@ -189,29 +210,141 @@ def _in_a_short_transaction(
     changes: Mapping[str, Any],
     using: str,
 ) -> bool:
-    names, (looked_at, found) = tuple(changes), getattr(row, VERSION)
-    sql = _guarded_update(type(row), names, looked_at, using)
-    values = [*_prepared(type(row), names, changes.values(), using), row.pk, *found]
-    with transaction.atomic(using=using):
-        with connections[using].cursor() as cursor:
-            cursor.execute(sql, values)
-            if not cursor.rowcount:
-                return False
-        insert(receipt, using=using)
-    return True
+    connection, names = connections[using], tuple(changes)
+    looked_at, found = getattr(row, VERSION)
+    update = _guarded_update(type(row), names, looked_at, using)
+    changed = _prepared(type(row), names, changes.values(), using)
+    stored, usual, values = _stored(receipt, using)
+    insert = _insert(type(receipt), stored, usual, using, returning=False)
+    with _cursor(using) as cursor:
+        # By hand: what ``atomic`` keeps account of takes as long as writing does.
+        cursor.execute("BEGIN IMMEDIATE")
+        try:
+            cursor.execute(_for_driver(update, using), [*changed, row.pk, *found])
+            is_as_it_was = bool(cursor.rowcount)
+            if is_as_it_was:
+                cursor.execute(_for_driver(insert, using), values)
+                receipt.pk = cursor.lastrowid
+            connection.commit()
+        except BaseException:
+            try:
+                connection.rollback()
+            except DatabaseError:  # nobody knows what state it is in
+                connection.close()
+            raise
+    receipt._state.adding, receipt._state.db = not is_as_it_was, using
+    return is_as_it_was
 
 
 _AT_ONCE = {"postgresql": _in_one_statement, "sqlite": _in_a_short_transaction}
 
 
-def _stored(receipt: models.Model, names: tuple[str, ...], using: str) -> list[Any]:
-    values = [getattr(receipt, name) for name in names]
-    return _prepared(type(receipt), names, values, using)
+# --- how a statement is given to the driver --------------------------------------------------------
 
 
-def _stored_names(row: Any) -> tuple[str, ...]:
+def _fetch(sql: str, values: Sequence[Any], using: str) -> Any:
+    """The first row of what it answers; None where there is none."""
+    with _cursor(using) as cursor:
+        cursor.execute(_for_driver(sql, using), values)
+        return cursor.fetchone()
+
+
+def _write(sql: str, values: Sequence[Any], using: str) -> int:
+    """How many rows it has changed."""
+    with _cursor(using) as cursor:
+        cursor.execute(_for_driver(sql, using), values)
+        rows: int = cursor.rowcount
+        return rows
+
+
+def _cursor(using: str) -> Any:
+    """The driver's own in Django's wrapper. Django's would write the values into PostgreSQL's text,
+    and look for SQLite's marks, at every call."""
+    connection = connections[using]
+    connection.ensure_connection()
+    raw: Any = connection.connection
+    with connection.wrap_database_errors:
+        if connection.vendor == "postgresql" and Cursor is not None:
+            cursor: Any = Cursor(raw)
+            if connection.queries_logged:
+                return connection.make_debug_cursor(cursor)
+            return connection.make_cursor(cursor)
+        if _takes_question_marks(using):
+            return connection.make_cursor(raw.cursor())
+    return connection.cursor()
+
+
+def _takes_question_marks(using: str) -> bool:
+    connection = connections[using]
+    # What is logged is logged as Django writes it.
+    return connection.vendor == "sqlite" and not connection.queries_logged
+
+
+def _for_driver(sql: str, using: str) -> str:
+    return _with_question_marks(sql) if _takes_question_marks(using) else sql
+
+
+@lru_cache(maxsize=256)
+def _with_question_marks(sql: str) -> str:
+    return sql.replace("%s", "?")
+
+
+_LINK = "llm_request_id"
+"""The column of a receipt that names its request: the statement knows it."""
+
+
+def _stored(
+    row: Any, using: str, *, without: str = ""
+) -> tuple[tuple[str, ...], frozenset[str], list[Any]]:
+    """The columns that are named when a new row is stored, those of them that are as they usually
+    are, which the statement says itself, and the values of the others."""
     model: type[models.Model] = type(row)
-    return _names_without(model, getattr(row, "left_to_the_database", frozenset()))
+    names = _names_without(model, getattr(row, "left_to_the_database", _NOTHING))
+    here = row.__dict__
+    usual = frozenset(
+        name for name, value in _usual(model) if here[name] == value or name == without
+    )
+    named = tuple(name for name in names if name not in usual)
+    return names, usual, _prepared(model, named, [here[name] for name in named], using)
+
+
+_NOTHING: frozenset[str] = frozenset()
+
+
+@lru_cache(maxsize=16)
+def _usual(model: type[models.Model]) -> list[tuple[str, Any]]:
+    """Of each column that a statement can say by itself what it usually holds."""
+    defaults = _defaults(model) | {
+        field.attname: field.default()
+        for field in model._meta.concrete_fields
+        if field.default in (list, dict)
+    }
+    return [
+        (name, value)
+        for name, value in defaults.items()
+        if value is None or value in ("", [], {}) or isinstance(value, int)
+    ]
+
+
+def _marks(
+    model: type[models.Model],
+    names: tuple[str, ...],
+    usual: frozenset[str],
+    using: str,
+    said: Mapping[str, str] | None = None,
+) -> tuple[str, str]:
+    """The columns of a new row, and what is put into each: what is ``said`` of it, the usual value,
+    or one that is given."""
+    defaults = {name: _literal(value) for name, value in _usual(model)} | dict(said or {})
+    marks = [defaults[name] if name in usual else "%s" for name in names]
+    return ", ".join(_column(model, name, using) for name in names), ", ".join(marks)
+
+
+def _literal(value: Any) -> str:
+    if value is None:
+        return "NULL"
+    # false, true, 0; the rest is '', '[]' or '{}'
+    return str(value).lower() if isinstance(value, int) else f"'{value}'"
 
 
 @lru_cache(maxsize=16)
@@ -234,9 +367,17 @@ def _prepared(
 def _to_prepare(
     model: type[models.Model], names: tuple[str, ...], using: str
 ) -> list[tuple[int, Any]]:
-    plain = (models.CharField, models.TextField, models.IntegerField, models.BooleanField)
+    plain = _PLAIN + _PLAIN_TO_POSTGRESQL * (connections[using].vendor == "postgresql")
     fields = (model._meta.get_field(name) for name in names)
     return [(i, field) for i, field in enumerate(fields) if not isinstance(field, plain)]
+
+
+# What is given to the driver as it is.
+_PLAIN: tuple[type[models.Field[Any, Any]], ...] = (
+    *(models.CharField, models.TextField, models.IntegerField, models.BooleanField),
+    *(models.BinaryField, models.ForeignKey),
+)
+_PLAIN_TO_POSTGRESQL = (models.UUIDField, models.DateTimeField, models.DecimalField)
 
 
 @lru_cache(maxsize=16)
@@ -282,51 +423,20 @@ def _converter(field: Any, converts: Sequence[Any]) -> Callable[[Any, Any], Any]
     return convert
 
 
-@lru_cache(maxsize=16)
-def _at_first(model: type[models.Model]) -> dict[str, Any]:
-    """What most columns of a new row are, of those that a statement can say in so many words."""
-    defaults = {
-        field.attname: field.get_default()
-        for field in model._meta.concrete_fields
-        if field.db_default is models.NOT_PROVIDED
-        and (field.default in (models.NOT_PROVIDED, list, dict) or not callable(field.default))
-    }
-    return {name: value for name, value in defaults.items() if _in_words(value) is not None}
-
-
-def _in_words(value: Any) -> str | None:
-    """As SQL of any database; None for what it takes a parameter to say."""
-    if value is None:
-        return "NULL"
-    if value == "":
-        return "''"
-    if value in ([], {}):
-        return f"'{json.dumps(value)}'"
-    return str(value) if type(value) is int else None
-
-
 @lru_cache(maxsize=256)
 def _insert(
     model: type[models.Model],
-    stored: tuple[str, ...],
-    said: tuple[str, ...],
+    names: tuple[str, ...],
+    usual: frozenset[str],
     using: str,
     *,
     returning: bool,
 ) -> str:
-    """With a mark for each of ``said``, and the rest of ``stored`` as it is at first: sixty values
-    take longer to send and to read than all that is said of a row."""
+    """With a mark for each of ``names`` that is not ``usual``: sixty values take longer to send and to
+    read than all that is said of a row."""
     quote = connections[using].ops.quote_name
-    first = _at_first(model)
-    written = {
-        name: "%s" if name in said else _in_words(first[name])
-        for name in stored
-        if name in said or first[name] is not None
-    }
-    fields: list[Any] = [model._meta.get_field(name) for name in written]
-    columns = ", ".join(quote(field.column) for field in fields)
-    values = ", ".join(map(str, written.values()))
-    sql = f"INSERT INTO {quote(model._meta.db_table)} ({columns}) VALUES ({values})"  # noqa: S608
+    columns, marks = _marks(model, names, usual, using)
+    sql = f"INSERT INTO {quote(model._meta.db_table)} ({columns}) VALUES ({marks})"  # noqa: S608
     key: Any = model._meta.pk
     return f"{sql} RETURNING {quote(key.column)}" if returning else sql
 
@@ -335,10 +445,8 @@ def _insert(
 def _guarded_update(
     model: type[models.Model], names: tuple[str, ...], looked_at: tuple[str, ...], using: str
 ) -> str:
-    quote = connections[using].ops.quote_name
-    fields: list[Any] = [model._meta.get_field(name) for name in looked_at]
     # IS, since most are NULL, compares what was found to the last bit.
-    guards = "".join(f" AND {quote(field.column)} IS %s" for field in fields)
+    guards = "".join(f" AND {_column(model, name, using)} IS %s" for name in looked_at)
     return f"{_update(model, names, using)}{guards}"
 
 
@@ -346,25 +454,46 @@ def _guarded_update(
 def _statement(
     receipt: type[models.Model],
     stored: tuple[str, ...],
+    usual: frozenset[str],
     row: type[models.Model],
     names: tuple[str, ...],
+    known: tuple[str, ...],
+    nulls: tuple[str, ...],
+    to_learn: str,
     using: str,
 ) -> str:
-    """``xmin`` is the transaction that wrote a version of a row: PostgreSQL's own mark of it."""
+    """The one statement that is raw because nothing else is one: a short transaction is four messages
+    to and fro, during which the row is locked."""
     quote = connections[using].ops.quote_name
-    fields: list[Any] = [receipt._meta.get_field(name) for name in stored]
-    columns = ", ".join(quote(field.column) for field in fields)
-    marks = ", ".join(["%s"] * len(fields))
+    columns, marks = _marks(receipt, stored, usual, using, {_LINK: "changed.id"})
+    guards = " AND ".join(
+        f"{_column(row, name, using)} {'IS NULL' if name in nulls else '= %s'}" for name in known
+    )
+    learned: Any = row._meta.get_field(to_learn)
     return f"""
-        WITH changed AS ({_update(row, names, using)} AND xmin::text = %s RETURNING id)
-        INSERT INTO {quote(receipt._meta.db_table)} ({columns})
-        SELECT {marks} FROM changed RETURNING id
+        WITH changed AS (
+            UPDATE {quote(row._meta.db_table)} SET {_sets(row, names, using)}
+            WHERE {guards} RETURNING id, {quote(learned.column)} AS learned
+        ), stored AS (
+            INSERT INTO {quote(receipt._meta.db_table)} ({columns})
+            SELECT {marks} FROM changed RETURNING id
+        )
+        SELECT stored.id, changed.id, changed.learned FROM stored, changed
     """  # noqa: S608 - the models' own names
+
+
+def _column(model: type[models.Model], name: str, using: str) -> str:
+    if name == MARK:
+        return f"{MARK}::text"
+    field: Any = model._meta.get_field(name)
+    return connections[using].ops.quote_name(field.column)
 
 
 @lru_cache(maxsize=256)
 def _update(model: type[models.Model], names: tuple[str, ...], using: str) -> str:
-    quote = connections[using].ops.quote_name
-    fields: list[Any] = [model._meta.get_field(name) for name in names]
-    sets = ", ".join(f"{quote(field.column)} = %s" for field in fields)
-    return f"UPDATE {quote(model._meta.db_table)} SET {sets} WHERE id = %s"  # noqa: S608
+    table = connections[using].ops.quote_name(model._meta.db_table)
+    return f"UPDATE {table} SET {_sets(model, names, using)} WHERE id = %s"  # noqa: S608
+
+
+def _sets(model: type[models.Model], names: tuple[str, ...], using: str) -> str:
+    return ", ".join(f"{_column(model, name, using)} = %s" for name in names)

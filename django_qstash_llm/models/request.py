@@ -539,6 +539,13 @@ class LLMRequest(OverTheWire, models.Model):
         if is_new and self.state == State.PENDING:
             ring_on_commit(Bell.SUBMIT, self._state.db or "default")
 
+    @classmethod
+    def suppose(cls, *, using: str, **values: Any) -> LLMRequest:
+        """A submitted request that nobody has looked at, for ``inbox.store_at_once``."""
+        values |= {"state": State.SUBMITTED, "finished_at": None}
+        # Whether anybody is to be told is asked when all is written.
+        return inbox.suppose(cls, values, to_learn="trigger", using=using)
+
     @property
     def idempotency_key(self) -> str:
         """For effects outside the database: the same whenever this end of this request is told,

@@ -44,6 +44,14 @@ def ask(**asked: Any) -> LLMRequest:
     return row
 
 
+def submitted(**held: Any) -> LLMRequest:
+    """A row that holds what it is said to, and is submitted otherwise."""
+    row = ask()
+    LLMRequest.objects.filter(pk=row.pk).update(**{"state": "submitted"} | held)
+    row.refresh_from_db()
+    return row
+
+
 def told(**changed: Any) -> Callback:
     fields: dict[str, Any] = {"status": 200, "body": DONE, "source_message_id": "msg_1"}
     return Callback(**(fields | {"max_retries": 3} | changed))
@@ -949,6 +957,66 @@ def test_the_usual_callback_takes_two_statements_on_postgresql_and_three_on_othe
     post_callback(row, attempt(1))
     with django_assert_num_queries(most):
         assert post_callback(row, told(retried=1)).status_code == 200
+
+
+@pytest.mark.django_db(transaction=True)
+def test_the_next_answer_of_a_model_takes_one_statement_on_postgresql(
+    post_callback: Post, qstash: FakeQStash, django_assert_num_queries: Any
+) -> None:
+    first, row = submitted(), submitted(qstash_message_id="msg_2")
+    post_callback(first, told())
+    with django_assert_num_queries({"postgresql": 1}.get(connection.vendor, 5)):
+        assert post_callback(row, told(source_message_id="msg_2")).status_code == 200
+    for each in (first, row):
+        each.refresh_from_db()
+    receipts = [each.callback_responses.get() for each in (first, row)]
+    assert [each.applied_at for each in receipts] == [each.received_at for each in receipts]
+    for name in ("state", "completion", "answered_by", "cost", "usage", "attempts", "last_status"):
+        assert getattr(row, name) == getattr(first, name), name
+    assert row.state == "completed"
+
+
+FINISHED = timezone.now()
+PRICED = {f"openai/{model}": {"input": str(n), "output": "0"} for n, model in enumerate("ab", 1)}
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize(
+    ("differs", "expected"),
+    [
+        ({}, ("completed", Decimal("0.000009"))),
+        # Answered by the same model, which was asked for under another name.
+        ({"model": "b"}, ("completed", Decimal("0.000018"))),
+        ({"provider": "another"}, ("completed", None)),
+        ({"qstash_message_id": ""}, ("completed", Decimal("0.000009"))),
+        ({"qstash_message_id": "msg_former"}, ("completed", Decimal("0.000009"))),
+        ({"state": "pending"}, ("completed", Decimal("0.000009"))),
+        ({"state": "cancelled", "finished_at": FINISHED}, ("cancelled", Decimal("0.000009"))),
+        ({"state": "failed", "finished_at": FINISHED}, ("completed", Decimal("0.000009"))),
+    ],
+    ids=["nothing", "model", "provider", "no id", "other id", "pending", "cancelled", "failed"],
+)
+def test_what_is_supposed_of_a_request_decides_nothing(
+    post_callback: Post,
+    qstash: FakeQStash,
+    settings: Any,
+    differs: dict[str, Any],
+    expected: tuple[str, Decimal | None],
+) -> None:
+    settings.QSTASH_LLM = settings.QSTASH_LLM | {"PRICES": PRICED}
+    post_callback(submitted(model="a"), told())
+    row = submitted(**{"model": "a", "qstash_message_id": "msg_2"} | differs)
+    assert post_callback(row, told(source_message_id="msg_2")).status_code == 200
+    row.refresh_from_db()
+    assert (row.state, row.cost) == expected
+    assert row.qstash_message_id == (differs.get("qstash_message_id") or "msg_2")
+    receipt = row.callback_responses.get()
+    assert receipt.applied_at == receipt.received_at
+    # The same answer once more changes nothing, and is no other.
+    before = [LLMRequest.objects.filter(pk=row.pk).values().get()]
+    assert post_callback(row, told(source_message_id="msg_2")).status_code == 200
+    assert [LLMRequest.objects.filter(pk=row.pk).values().get()] == before
+    assert row.callback_responses.get().seen_count == 2
 
 
 @pytest.mark.django_db(transaction=True)
