@@ -379,7 +379,7 @@ class Call:
             answered_by=completion.model,
             service_tier=completion.service_tier,
         )
-        return Cost(cost.amount, "estimated") if cost and is_estimated else cost
+        return replace(cost, source="estimated") if cost and is_estimated else cost
 
 
 # --- blocking --------------------------------------------------------------------------------

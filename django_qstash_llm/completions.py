@@ -33,8 +33,19 @@ class Usage:
     """The part of the input that was read from a cache."""
     cache_write_tokens: int | None = None
     """The part of the input that was written to a cache."""
+    cache_write_1h_tokens: int | None = None
+    """The part of ``cache_write_tokens`` that is kept for an hour, which Anthropic charges more for."""
     reasoning_tokens: int | None = None
     """The part of the output nobody sees."""
+    audio_input_tokens: int | None = None
+    audio_output_tokens: int | None = None
+    image_input_tokens: int | None = None
+    image_output_tokens: int | None = None
+    """These four are parts of the input and of the output as well."""
+    web_searches: int | None = None
+    """No tokens: how often the provider searched the web for it, where it charges for each time."""
+    service_tier: str = ""
+    """Where it is told with the usage, as Anthropic does: see ``Completion``."""
     reported_cost: Decimal | None = None
     """USD, where the provider says it."""
     raw: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
@@ -57,6 +68,8 @@ class Completion:
     refusal: str = ""
     tool_calls: list[Any] = field(default_factory=list)
     service_tier: str = ""
+    """What it was answered as, in the provider's word: ``flex``, ``priority``, ``batch``; it decides
+    the price, not what was asked for."""
     usage: Usage = field(default_factory=Usage)
 
 
@@ -84,13 +97,19 @@ def read_answer(answer: Any) -> Completion:
         raise UnreadableCompletion(
             code or "error",
             message or "the provider answered with an error",
-            usage=read_usage(answer.get("usage")),
+            usage=read_usage(_usage_in(answer)),
         )
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
         raise UnreadableCompletion(
-            "no_choices", "the answer has no choices", usage=read_usage(answer.get("usage"))
+            "no_choices", "the answer has no choices", usage=read_usage(_usage_in(answer))
         )
     return _read_openai(answer)
+
+
+def _usage_in(answer: Mapping[str, Any]) -> Any:
+    beside = answer.get("x_groq")
+    told = answer.get("usage") or answer.get("usageMetadata")  # Gemini's own word
+    return told or (beside.get("usage") if isinstance(beside, dict) else None)
 
 
 def _load(body: bytes) -> Any:
@@ -143,6 +162,7 @@ def _read_openai(answer: dict[str, Any]) -> Completion:
     message = choice.get("message")
     message = message if isinstance(message, dict) else {}
     tool_calls = message.get("tool_calls")
+    usage = read_usage(_usage_in(answer))
     return Completion(
         text=_text(message.get("content") if message else choice.get("text")),
         id=_text(answer.get("id"))[:255],
@@ -150,8 +170,8 @@ def _read_openai(answer: dict[str, Any]) -> Completion:
         finish_reason=_text(choice.get("finish_reason"))[:64],
         refusal=_text(message.get("refusal")),
         tool_calls=clean_json(tool_calls) if isinstance(tool_calls, list) else [],
-        service_tier=_text(answer.get("service_tier"))[:64],
-        usage=read_usage(answer.get("usage")),
+        service_tier=_text(answer.get("service_tier"))[:64] or usage.service_tier,
+        usage=usage,
     )
 
 
@@ -170,16 +190,13 @@ def read_usage(usage: Any) -> Usage:
     if not isinstance(usage, dict):
         return Usage()
     raw = clean_json(usage)
+    if "promptTokenCount" in usage:
+        return _gemini_usage(usage, raw)
     if "prompt_tokens" not in usage and "input_tokens" in usage:
         return _anthropic_usage(usage, raw)
     input_details = _dict(usage, "prompt_tokens_details")
     output_details = _dict(usage, "completion_tokens_details")
     input_tokens = _count(usage.get("prompt_tokens"))
-    output_tokens = _count(usage.get("completion_tokens"))
-    total = _count(usage.get("total_tokens"))
-    if total is not None and input_tokens is not None and total >= input_tokens:
-        # xAI, and Gemini on some paths, leave the reasoning out of completion_tokens.
-        output_tokens = max(output_tokens or 0, total - input_tokens)
     cached = (
         input_details.get("cached_tokens"),
         usage.get("prompt_cache_hit_tokens"),
@@ -187,13 +204,28 @@ def read_usage(usage: Any) -> Usage:
     )
     return Usage(
         input_tokens=input_tokens,
-        output_tokens=output_tokens,
+        output_tokens=_whole_output(
+            _count(usage.get("completion_tokens")), input_tokens, usage.get("total_tokens")
+        ),
         cached_tokens=next((n for each in cached if (n := _count(each)) is not None), None),
         cache_write_tokens=_count(input_details.get("cache_write_tokens")),
         reasoning_tokens=_count(output_details.get("reasoning_tokens")),
+        audio_input_tokens=_count(input_details.get("audio_tokens")),
+        audio_output_tokens=_count(output_details.get("audio_tokens")),
+        image_input_tokens=_count(input_details.get("image_tokens")),
+        image_output_tokens=_count(output_details.get("image_tokens")),
+        web_searches=_count(_dict(usage, "server_tool_use").get("web_search_requests")),
         reported_cost=_reported_cost(usage),
         raw=raw,
     )
+
+
+def _whole_output(told: int | None, input_tokens: int | None, total: Any) -> int | None:
+    """xAI, and Gemini on some paths, leave the reasoning out of the output and not out of the total."""
+    total = _count(total)
+    if total is None or input_tokens is None or total < input_tokens:
+        return told
+    return max(told or 0, total - input_tokens)
 
 
 def _anthropic_usage(usage: dict[str, Any], raw: dict[str, Any]) -> Usage:
@@ -203,6 +235,8 @@ def _anthropic_usage(usage: dict[str, Any], raw: dict[str, Any]) -> Usage:
     uncached = _count(usage.get("input_tokens"))
     # OpenAI's Responses API uses the same two names and counts the cache inside.
     details = _dict(usage, "input_tokens_details")
+    output_details = _dict(usage, "output_tokens_details")
+    reasoning = (output_details.get("thinking_tokens"), output_details.get("reasoning_tokens"))
     input_tokens = uncached
     if uncached is not None:
         input_tokens = _count(uncached + (cached or 0) + (cache_write or 0))
@@ -211,9 +245,53 @@ def _anthropic_usage(usage: dict[str, Any], raw: dict[str, Any]) -> Usage:
         output_tokens=_count(usage.get("output_tokens")),
         cached_tokens=cached if cached is not None else _count(details.get("cached_tokens")),
         cache_write_tokens=cache_write,
-        reasoning_tokens=_count(_dict(usage, "output_tokens_details").get("thinking_tokens")),
+        cache_write_1h_tokens=_count(
+            _dict(usage, "cache_creation").get("ephemeral_1h_input_tokens")
+        ),
+        reasoning_tokens=next((n for each in reasoning if (n := _count(each)) is not None), None),
+        web_searches=_count(_dict(usage, "server_tool_use").get("web_search_requests")),
+        service_tier=_anthropic_tier(usage),
+        reported_cost=_reported_cost(usage),
         raw=raw,
     )
+
+
+def _anthropic_tier(usage: dict[str, Any]) -> str:
+    """What makes the price another one: its tier, fast mode, and being kept to the US."""
+    tier = _text(usage.get("service_tier"))
+    words = ["" if tier == "standard" else tier]
+    words += ["fast"] if usage.get("speed") == "fast" else []
+    words += ["us"] if usage.get("inference_geo") == "us" else []
+    return "-".join(filter(None, words))[:64] or tier[:64]
+
+
+def _gemini_usage(usage: dict[str, Any], raw: dict[str, Any]) -> Usage:
+    """Gemini's own API counts thoughts beside the candidates, and tools' answers beside the prompt."""
+    prompt, candidates = _count(usage.get("promptTokenCount")), usage.get("candidatesTokenCount")
+    of_tools = _count(usage.get("toolUsePromptTokenCount"))
+    thoughts = _count(usage.get("thoughtsTokenCount"))
+    input_tokens = None if prompt is None else _count(prompt + (of_tools or 0))
+    output_tokens = _count(candidates)
+    if output_tokens is not None:
+        output_tokens = _count(output_tokens + (thoughts or 0))
+    return Usage(
+        input_tokens=input_tokens,
+        output_tokens=_whole_output(output_tokens, input_tokens, usage.get("totalTokenCount")),
+        cached_tokens=_count(usage.get("cachedContentTokenCount")),
+        reasoning_tokens=thoughts,
+        audio_input_tokens=_of_modality(usage.get("promptTokensDetails"), "AUDIO"),
+        audio_output_tokens=_of_modality(usage.get("candidatesTokensDetails"), "AUDIO"),
+        image_input_tokens=_of_modality(usage.get("promptTokensDetails"), "IMAGE"),
+        image_output_tokens=_of_modality(usage.get("candidatesTokensDetails"), "IMAGE"),
+        raw=raw,
+    )
+
+
+def _of_modality(details: Any, modality: str) -> int | None:
+    for each in details if isinstance(details, list) else ():
+        if isinstance(each, dict) and each.get("modality") == modality:
+            return _count(each.get("tokenCount"))
+    return None
 
 
 def _dict(usage: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -231,7 +309,11 @@ def _count(value: Any) -> int | None:
 
 
 def _reported_cost(usage: Mapping[str, Any]) -> Decimal | None:
-    cost = _money(usage.get("cost"))
+    told = usage.get("cost")
+    if isinstance(told, dict):  # Perplexity tells what it is made of
+        told = told.get("total_cost")
+    ticks = _count(usage.get("cost_in_usd_ticks"))  # xAI
+    cost = _money(told) if ticks is None else _money(str(Decimal(ticks).scaleb(-10)))
     if not usage.get("is_byok"):
         return cost
     # OpenRouter with one's own key: its fee, and beside it what the key's owner pays.

@@ -84,7 +84,11 @@ class AppSettings:
     max_stored_body_bytes: int = 10_000_000
     """What is kept of a provider's raw answer."""
     prices: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """``"provider/model"`` -> price per million tokens in USD: ``{"input": "0.15", "output": "0.6"}``."""
+    """``"provider/model"`` -> price per million tokens in USD: ``{"input": "0.15", "output": "0.6"}``.
+    Undated; ``models.Price`` goes before it."""
+    output_cap: Mapping[str, int] = field(default_factory=dict)
+    """``"provider/model"`` -> tokens that an answer is taken to have at the most where its request does
+    not say, for estimates and budgets. ``*`` stands for any letters."""
     deadline: float = 900.0
     """Seconds without news of a submitted request, its own timeout and delay apart, until QStash
     is asked what became of it."""

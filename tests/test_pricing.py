@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from django_qstash_llm.completions import Usage
-from django_qstash_llm.pricing import Cost, Price, cost_of
+from django_qstash_llm.pricing import Cost, Tariff, cost_of
+
+pytestmark = pytest.mark.django_db
 
 AT = datetime(2026, 1, 1, tzinfo=UTC)
 USAGE = Usage(input_tokens=1_000_000, output_tokens=100_000)
@@ -23,38 +25,38 @@ def prices(settings: Any, **of_models: Any) -> None:
 @pytest.mark.parametrize(
     ("price", "usage", "amount"),
     [
-        (Price(Decimal(2), Decimal(8)), USAGE, Decimal("2.8")),
+        (Tariff(Decimal(2), Decimal(8)), USAGE, Decimal("2.8")),
         (
-            Price(Decimal("0.15"), Decimal("0.6")),
+            Tariff(Decimal("0.15"), Decimal("0.6")),
             Usage(input_tokens=0, output_tokens=0),
             Decimal(0),
         ),
         (
-            Price(Decimal(2), Decimal(8), cached=Decimal("0.5")),
+            Tariff(Decimal(2), Decimal(8), cached=Decimal("0.5")),
             Usage(input_tokens=1_000_000, output_tokens=0, cached_tokens=400_000),
             Decimal("1.4"),
         ),
         (
-            Price(Decimal(2), Decimal(8), cache_write=Decimal("2.5")),
+            Tariff(Decimal(2), Decimal(8), cache_write=Decimal("2.5")),
             Usage(input_tokens=1_000_000, output_tokens=0, cache_write_tokens=1_000_000),
             Decimal("2.5"),
         ),
         (
-            Price(Decimal(2), Decimal(8)),
+            Tariff(Decimal(2), Decimal(8)),
             Usage(input_tokens=1_000_000, output_tokens=0, cached_tokens=400_000),
             Decimal(2),
         ),
-        (Price(Decimal(2), Decimal(8)), Usage(input_tokens=5), None),
-        (Price(Decimal(2), Decimal(8)), Usage(output_tokens=5), None),
-        (Price(Decimal(2), Decimal(8)), Usage(), None),
+        (Tariff(Decimal(2), Decimal(8)), Usage(input_tokens=5), None),
+        (Tariff(Decimal(2), Decimal(8)), Usage(output_tokens=5), None),
+        (Tariff(Decimal(2), Decimal(8)), Usage(), None),
         (
-            Price(Decimal(2), Decimal(8)),
+            Tariff(Decimal(2), Decimal(8)),
             Usage(input_tokens=5, output_tokens=5, cached_tokens=6),
             None,
         ),
     ],
 )
-def test_price_of_usage(price: Price, usage: Usage, amount: Decimal | None) -> None:
+def test_price_of_usage(price: Tariff, usage: Usage, amount: Decimal | None) -> None:
     assert price.cost(usage) == amount
 
 

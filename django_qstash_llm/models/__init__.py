@@ -9,6 +9,7 @@ from .conversation import Conversation
 from .file import File, FilePart
 from .kept_answer import KeptAnswer
 from .lane import Lane
+from .price import Price
 from .request import LLMRequest
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "KeptAnswer",
     "LLMRequest",
     "Lane",
+    "Price",
 ]

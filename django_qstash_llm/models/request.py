@@ -458,6 +458,19 @@ class LLMRequest(OverTheWire, models.Model):
         help_text=_("USD; empty is unknown."),
     )
     cost_source = models.CharField(_("cost source"), max_length=32, blank=True)
+    cost_basis = models.JSONField(
+        _("cost basis"),
+        default=dict,
+        blank=True,
+        help_text=_("The price it was charged at, and what of."),
+    )
+    """``pricing.Cost.basis``."""
+    service_tier = models.CharField(
+        _("service tier"),
+        max_length=64,
+        blank=True,
+        help_text=_("What it was answered as, which decides the price."),
+    )
     error_code = models.CharField(_("error code"), max_length=64, blank=True)
     error = models.TextField(_("error"), blank=True)
 
@@ -831,7 +844,7 @@ class LLMRequest(OverTheWire, models.Model):
         if self.state == State.COMPLETED and completion is not None and not self._is_purged:
             read |= _answer(completion)
         if cost is None and self.cost is not None:
-            del read["cost"], read["cost_source"]
+            del read["cost"], read["cost_source"], read["cost_basis"]
         read = app_settings().without_secrets_in(read)
         return {name: each for name, each in read.items() if not self._is_now(name, each)}
 
@@ -1105,6 +1118,7 @@ def _answer(completion: Completion) -> Changes:
         "finish_reason": completion.finish_reason,
         "refusal": completion.refusal,
         "tool_calls": completion.tool_calls,
+        "service_tier": completion.service_tier,
     }
 
 
@@ -1118,6 +1132,7 @@ def _spending(usage: Usage, cost: Cost | None) -> Changes:
         "usage": dict(usage.raw),
         "cost": cost and cost.amount,
         "cost_source": cost.source if cost else "",
+        "cost_basis": cost.basis if cost else {},
     }
 
 
@@ -1142,6 +1157,8 @@ _WRITTEN_BY_ENDS = {
     "usage",
     "cost",
     "cost_source",
+    "cost_basis",
+    "service_tier",
     "error_code",
     *_NOT_ANNOUNCED,
 }
