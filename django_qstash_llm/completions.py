@@ -220,9 +220,9 @@ def read_usage(usage: Any) -> Usage:
     )
 
 
-def _whole_output(told: int | None, input_tokens: int | None, total: Any) -> int | None:
+def _whole_output(told: int | None, input_tokens: int | None, of_all: Any) -> int | None:
     """xAI, and Gemini on some paths, leave the reasoning out of the output and not out of the total."""
-    total = _count(total)
+    total = _count(of_all)
     if total is None or input_tokens is None or total < input_tokens:
         return told
     return max(told or 0, total - input_tokens)

@@ -76,7 +76,8 @@ def count_input(messages: Sequence[Mapping[str, Any]], parameters: Mapping[str, 
 
 def count_text(text: str) -> float:
     """Tokens of a text, about."""
-    return sum(_COUNTS[match.lastgroup or ""](match.group()) for match in _PIECES.finditer(text))
+    pieces = _PIECES.finditer(text)
+    return math.fsum(_COUNTS[match.lastgroup or "rest"](match.group()) for match in pieces)
 
 
 def _of_word(word: str) -> float:

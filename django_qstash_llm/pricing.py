@@ -45,12 +45,12 @@ class Line(NamedTuple):
     """A part of a cost: so many of a class, at so much per million."""
 
     token_class: str
-    count: int
+    number: int
     price: Decimal
 
     @property
     def amount(self) -> Decimal:
-        return self.count * self.price / MILLION
+        return self.number * self.price / MILLION
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Tariff:
             if None in charged:
                 return None
             apart = [line for line in charged if line and line.token_class != whole]
-            rest = total - sum(line.count for line in apart) if whole else 0
+            rest = total - sum(line.number for line in apart) if whole else 0
             if rest < 0:  # classes that overlap, as cached audio does: nobody says by how much
                 return None
             if rest:
@@ -155,17 +155,18 @@ class Cost:
 
     @property
     def basis(self) -> dict[str, Any]:
-        """The same as JSON, to be kept with the cost: ``lines`` are class, count and USD per million."""
-        return {
+        """The same as JSON, to be kept with the cost: ``lines`` are class, number and USD per million."""
+        told = {
             "price": self.price,
             "at": self.at and self.at.isoformat(),
-            "lines": [[line.token_class, line.count, f"{line.price:f}"] for line in self.lines],
+            "lines": [[line.token_class, line.number, f"{line.price:f}"] for line in self.lines],
         }
+        return {name: value for name, value in told.items() if value}
 
 
 def read_basis(basis: Mapping[str, Any]) -> tuple[Line, ...]:
     """The lines of ``Cost.basis``."""
-    return tuple(Line(name, count, Decimal(price)) for name, count, price in basis.get("lines", ()))
+    return tuple(Line(name, n, Decimal(price)) for name, n, price in basis.get("lines", ()))
 
 
 def cost_of(
@@ -185,8 +186,6 @@ def cost_of(
     """
     if usage.reported_cost is not None:
         cost: Cost | None = Cost(usage.reported_cost, "reported", at=at)
-    elif usage.input_tokens is None or usage.output_tokens is None:
-        return None
     else:
         cost = _priced(provider, model, usage, at, answered_by, service_tier or usage.service_tier)
     # No column holds it, and nobody has paid it.
@@ -279,16 +278,15 @@ def estimate(
         find_tariff(provider, [model], at=at, service_tier=tier, input_tokens=tokens)
         for tokens in (counted.least, counted.most)
     ]
-    tariffs = [each and each.tariff for each in found]
-    least = tariffs[0] and _least(tariffs[0], counted)
-    most = tariffs[1] and _most(tariffs[1], counted, cap, parameters)
-    is_priced = least is not None and most is not None
+    most = found[1] and _most(found[1].tariff, counted, cap, parameters)
+    least = _least(found[0].tariff, counted) if found[0] and most is not None else None
+    is_priced = least is not None
     return Estimate(
         requests=1,
         input_tokens=counted.likely,
         most_input_tokens=counted.most,
         most_output_tokens=cap,
-        least=least if is_priced else None,
+        least=least,
         most=most if is_priced else None,
         unpriced=0 if is_priced else 1,
     )

@@ -326,6 +326,16 @@ def unpriced(
 UNHEARD_OF = json.dumps(ANSWER | {"model": "unheard-of"}).encode()
 
 
+def priced() -> dict[str, Any]:
+    """What a price makes of it: as of the moment it was answered, whenever it is read."""
+    answered_at = LLMRequest.objects.latest("finished_at").finished_at
+    assert answered_at is not None
+    lines = [["input", 9, "1"], ["output", 3, "10"]]
+    price = "PRICES openai/unheard-of"
+    basis = {"price": price, "at": answered_at.isoformat(), "lines": lines}
+    return {"cost": COST, "cost_source": "setting", "cost_basis": basis}
+
+
 def changed_fields(before: dict[str, Any]) -> dict[str, Any]:
     after = LLMRequest.objects.values().get(pk=before["id"])
     return {name: value for name, value in after.items() if value != before[name]}
@@ -339,10 +349,10 @@ def test_answer_without_a_price_is_priced_from_the_receipt_that_completed_it(
     before, calls = LLMRequest.objects.values().get(), list(qstash.calls)
     arguments = how.replace("UUID", str(unpriced.uuid)).split()
     assert replay(*arguments) == (
-        f"{unpriced.uuid} answer changed: cost unknown -> 0.000039, cost_source none -> setting\n"
-        "1 changed.\n"
+        f"{unpriced.uuid} answer changed: cost unknown -> 0.000039, cost_source none -> setting, "
+        "cost_basis rewritten\n1 changed.\n"
     )
-    assert changed_fields(before) == {"cost": COST, "cost_source": "setting"}
+    assert changed_fields(before) == priced()
     announce()
     assert (told, qstash.calls) == ([], calls)
     again = replay(*arguments)
@@ -377,8 +387,9 @@ def test_misread_answer_is_written_anew_and_what_changes_is_printed(
         "tool_calls rewritten",
         "cost unknown -> 0.000039",
         "cost_source none -> setting",
+        "cost_basis rewritten",
     }
-    assert changed_fields(right) == {"cost": COST, "cost_source": "setting"}
+    assert changed_fields(right) == priced()
 
 
 @pytest.mark.django_db
@@ -390,7 +401,7 @@ def test_known_cost_is_never_made_unknown_and_another_one_is_printed(
     assert "1 unchanged." in replay("--completed")
     set_prices({"openai/unheard-of": {"input": "2", "output": "20"}})
     assert "Nothing to do." in replay("--unpriced")
-    assert "changed: cost 0.000039 -> 0.000078\n" in replay("--completed")
+    assert "changed: cost 0.000039 -> 0.000078, cost_basis rewritten\n" in replay("--completed")
 
 
 @pytest.mark.django_db
@@ -401,7 +412,7 @@ def test_only_the_answer_that_completed_a_request_rewrites_it(
     post_callback(unpriced, answered(other, source_message_id="msg_0"))
     before = LLMRequest.objects.values().get()
     replay("--completed")
-    assert changed_fields(before) == {"cost": COST, "cost_source": "setting"}
+    assert changed_fields(before) == priced()
     first, second = CallbackResponse.objects.order_by("id")
     unpriced.refresh_from_db()
     assert first.anew(unpriced) == {}
@@ -447,7 +458,11 @@ def test_answer_that_cannot_be_read_anew_leaves_all_as_it_was(
 @pytest.mark.django_db
 def test_answer_that_was_forgotten_does_not_come_back(unpriced: LLMRequest) -> None:
     LLMRequest.objects.update(completion="", forgotten_at=timezone.now())
-    assert read_anew(unpriced) == {"cost": (None, COST), "cost_source": ("", "setting")}
+    assert read_anew(unpriced) == {
+        "cost": (None, COST),
+        "cost_source": ("", "setting"),
+        "cost_basis": ({}, priced()["cost_basis"]),
+    }
     assert LLMRequest.objects.get().completion == ""
 
 

@@ -846,7 +846,10 @@ class LLMRequest(OverTheWire, models.Model):
         if cost is None and self.cost is not None:
             del read["cost"], read["cost_source"], read["cost_basis"]
         read = app_settings().without_secrets_in(read)
-        return {name: each for name, each in read.items() if not self._is_now(name, each)}
+        changes = {name: each for name, each in read.items() if not self._is_now(name, each)}
+        if not {"cost", "cost_source"} & changes.keys():
+            changes.pop("cost_basis", None)  # it has been charged as it says
+        return changes
 
     @property
     def _is_purged(self) -> bool:

@@ -47,6 +47,7 @@ USAGE = Usage(
     reasoning_tokens=2,
     raw={"prompt_tokens": 11},
 )
+BASIS = {"price": "openai/m", "at": NOW.isoformat()}
 SPENT = {
     "input_tokens": 11,
     "output_tokens": 7,
@@ -56,14 +57,16 @@ SPENT = {
     "usage": {"prompt_tokens": 11},
     "cost": Decimal("0.25"),
     "cost_source": "setting",
+    "cost_basis": BASIS,
 }
 UNKNOWN_SPENT = {
     **dict.fromkeys(name for name in SPENT if name.endswith("_tokens")),
     "usage": {},
     "cost": None,
     "cost_source": "",
+    "cost_basis": {},
 }
-COST = Cost(Decimal("0.25"), "setting")
+COST = Cost(Decimal("0.25"), "setting", price="openai/m", at=NOW)
 COMPLETION = Completion(
     text="Forty-two.",
     id="chatcmpl-1",
@@ -76,6 +79,7 @@ COMPLETION = Completion(
 COMPLETED = {
     "state": State.COMPLETED,
     "completion": "Forty-two.",
+    "service_tier": "",
     "completion_id": "chatcmpl-1",
     "answered_by": "gpt-5.4-mini-2026-03-01",
     "finish_reason": "stop",

@@ -210,7 +210,7 @@ def _read_anew(llm_request: LLMRequest, *, is_rehearsal: bool) -> Item:
 
 def _difference(name: str, was: Any, now: Any) -> str:
     """A change; of long texts and lists only that there is one."""
-    if name in ("completion", "refusal", "tool_calls", "usage"):
+    if name in ("completion", "refusal", "tool_calls", "usage", "cost_basis"):
         return f"{name} rewritten"
     return f"{name} {_shown(was)} -> {_shown(now)}"
 
