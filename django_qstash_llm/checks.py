@@ -16,7 +16,7 @@ from rest_framework.permissions import BasePermission
 
 from . import conf
 from .exceptions import ConfigurationError
-from .pricing import read_price
+from .pricing import is_count, read_price
 from .providers import build_provider
 from .qstash.signing import is_usable_key
 
@@ -78,6 +78,10 @@ def _check_prices(in_force: conf.AppSettings) -> list[CheckMessage]:
         except ConfigurationError as error:
             hint = "Until then what it should price is stored without a cost."
             problems.append(Error(str(error), hint=hint, id=f"{ID}.E007"))
+    for name, cap in in_force.output_cap.items():
+        if not is_count(cap) or not cap:
+            problem = f"QSTASH_LLM['OUTPUT_CAP'][{name!r}] is {cap!r}."
+            problems.append(Error(problem, hint="Give tokens, more than 0.", id=f"{ID}.E007"))
     return problems
 
 

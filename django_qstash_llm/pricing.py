@@ -278,7 +278,7 @@ def estimate(
         find_tariff(provider, [model], at=at, service_tier=tier, input_tokens=tokens)
         for tokens in (counted.least, counted.most)
     ]
-    most = found[1] and _most(found[1].tariff, counted, cap, parameters)
+    most = _most(found[1].tariff, counted, cap, parameters) if found[1] else None
     least = _least(found[0].tariff, counted) if found[0] and most is not None else None
     is_priced = least is not None
     return Estimate(
@@ -522,9 +522,7 @@ _CHARGED_BESIDE = ("requests_kcount", "input_mchars", "input_text_messages_kcoun
 def _genai_tariff(
     provider: str, model: str, at: datetime, tier: str, input_tokens: int
 ) -> Found | None:
-    base_url = app_settings().providers.get(provider, {}).get("BASE_URL")
-    # An entry that is reached elsewhere has that place's prices, whatever its name.
-    where = {"provider_api_url": base_url} if base_url else {"provider_id": provider}
+    where = _where(provider)
     standard = _genai_price(model, where, at, "")
     if standard is None:
         return None
@@ -574,6 +572,50 @@ def _from_genai(price: Any, tier: str, input_tokens: int) -> Found | None:
         return None
     words = filter(None, (f"genai-prices {__version__}", tier))
     return Found(Tariff(**amounts), "genai-prices", ", ".join(words))
+
+
+def listed(provider: str, model: str, *, at: datetime) -> dict[tuple[str, int], dict[str, Decimal]]:
+    """What genai-prices lists for a model at a moment: by service tier and length of the input the USD
+    per million of each class. Empty where it does not know the model, or charges by more than tokens.
+
+    Raises ``ConfigurationError`` where the ``costs`` extra is not installed.
+    """
+    try:
+        import genai_prices  # noqa: F401 - see ``_genai_price``
+    except ImportError as error:
+        raise ConfigurationError(
+            "genai-prices is not installed: it is the extra 'costs'."
+        ) from error
+    found: dict[tuple[str, int], dict[str, Decimal]] = {}
+    for tier in ("", "flex", "priority", "batch"):
+        lengths = [0]
+        while lengths:
+            above = lengths.pop()
+            said = _genai_tariff(provider, model, at, tier, above + 1)
+            if said is None:
+                break
+            amounts = dataclasses.asdict(said.tariff)
+            known = found.setdefault((tier, above), {})
+            base = found[tier, 0]
+            for name, amount in amounts.items():
+                if amount is not None and (above == 0 or amount != base.get(name)):
+                    known[name] = amount
+            if above == 0:
+                lengths = _lengths(provider, model, at, tier)
+    return {key: amounts for key, amounts in found.items() if amounts}
+
+
+def _lengths(provider: str, model: str, at: datetime, tier: str) -> list[int]:
+    """From which lengths of the input on it lists other prices."""
+    price = _genai_price(model, _where(provider), at, tier)
+    tiered = [getattr(price, name, None) for name in _GENAI_NAMES.values()]
+    return sorted({tier.start for each in tiered for tier in getattr(each, "tiers", ())})
+
+
+def _where(provider: str) -> dict[str, str]:
+    """An entry that is reached elsewhere has that place's prices, whatever its name."""
+    base_url = app_settings().providers.get(provider, {}).get("BASE_URL")
+    return {"provider_api_url": base_url} if base_url else {"provider_id": provider}
 
 
 def _of_length(price: Any, input_tokens: int) -> Decimal:

@@ -35,6 +35,7 @@ from .models.callback import CallbackResponseQuerySet
 from .models.forgetting import changes_at_end
 from .models.lane import learn_from
 from .models.request import ANNOUNCED, CLAIM_SECONDS, LLMRequest, LLMRequestQuerySet, State
+from .pricing import Estimate
 from .signals import request_attempted, request_completed, request_failed
 
 logger = logging.getLogger(__name__)
@@ -95,16 +96,33 @@ class Trigger:
     def failed(self, instance: Any, llm_request: LLMRequest) -> None:
         """No answer will come; ``llm_request.error`` says why. Same transaction as ``completed``."""
 
+    @classmethod
+    def estimate(cls, instances: models.QuerySet[Any]) -> Estimate:
+        """What it may come to if each of ``instances`` were saved once more, as for a backfill: the
+        condition decides which of them ask. Nothing is saved, and nobody asked."""
+        trigger = next((each for each in _registry.values() if type(each) is cls), None)
+        if trigger is None:
+            raise ConfigurationError(f"{cls.__name__} is not registered: see @register.")
+        total = Estimate()
+        for instance in instances.iterator(chunk_size=500):
+            if trigger.condition(instance, created=False):
+                total += LLMRequest.objects.estimate(
+                    list(trigger.messages(instance)), **trigger._asked(instance)
+                )
+        return total
+
+    def _asked(self, instance: Any) -> dict[str, Any]:
+        asked = {"model": self.model, "provider": self.provider, **self.options(instance)}
+        return {**asked, "queue": self.queue} if self.queue else asked
+
     def ask(self, instance: Any, *, using: str) -> LLMRequest:
         """Write the request. The same question that is being answered already is not asked twice."""
         # As they will be stored, or the same question would not be known again.
         messages = clean_json(list(self.messages(instance)))
-        asked = {"model": self.model, "provider": self.provider, **self.options(instance)}
+        asked = self._asked(instance)
         rows = LLMRequest.objects.using(router.db_for_write(LLMRequest, instance=instance))
         earlier = rows.filter(trigger=self.name).about(instance).unfinished()
         via = "enqueue" if self.queue else "publish"
-        if self.queue:
-            asked["queue"] = self.queue
         with _transactions(using, rows.db):
             # Two saves at once ask one after the other, so that the second sees the first's question.
             list(_locked(type(instance), instance.pk, using).values_list("pk"))

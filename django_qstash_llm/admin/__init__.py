@@ -9,6 +9,7 @@ from .circuit import CircuitAdmin
 from .conversation import ConversationAdmin
 from .file import FileAdmin
 from .lane import LaneAdmin
+from .price import PriceAdmin
 from .request import LLMRequestAdmin
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "FileAdmin",
     "LLMRequestAdmin",
     "LaneAdmin",
+    "PriceAdmin",
 ]

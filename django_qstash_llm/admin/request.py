@@ -13,7 +13,8 @@ from django.contrib import admin
 from django.contrib.contenttypes.models import ContentType
 from django.db.models import Q, QuerySet
 from django.http import HttpRequest, HttpResponse
-from django.utils import timezone
+from django.utils import formats, timezone
+from django.utils.dateparse import parse_datetime
 from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString
 from django.utils.translation import gettext_lazy as _
@@ -22,6 +23,7 @@ from django.utils.translation import ngettext
 from ..exceptions import ConfigurationError
 from ..models import CallbackResponse, LLMRequest
 from ..models.callback import Kind
+from ..models.price import PLACES, TokenClass
 from ..models.replay import TO_READ_AGAIN, may_be_read_anew
 from ..models.request import ANNOUNCED, UNFINISHED, LLMRequestQuerySet, State
 from . import about, actions, callback, chat, figures, story, text
@@ -110,6 +112,7 @@ class LLMRequestAdmin(HealthMixin, RecordAdmin):
         "refusal",
         "tool_calls",
         "usage",
+        "cost_basis",
         "error",
         "announce_error",
     )
@@ -235,6 +238,8 @@ class LLMRequestAdmin(HealthMixin, RecordAdmin):
             "usage_rows": _usage_rows(obj),
             "cost": figures.money(obj.cost, decimals=12) if obj.cost is not None else "",
             "cost_cell": figures.cost(obj),
+            "cost_in_words": _cost_in_words(obj),
+            "price_in_words": _price_in_words(obj),
             "attempts": attempts,
             "raw_request": _raw_request(obj),
             "raw_response": telling and callback.body_text(telling.receipt),
@@ -425,7 +430,34 @@ def _usage_rows(obj: LLMRequest) -> Iterator[tuple[Any, str]]:
         (_("output"), obj.output_tokens),
         (_("of it reasoning"), obj.reasoning_tokens),
     )
+    counted = obj.counted
+    names += (
+        (_("of it kept in a cache for an hour"), counted.cache_write_1h_tokens or None),
+        (_("of the input sound"), counted.audio_input_tokens or None),
+        (_("of the output sound"), counted.audio_output_tokens or None),
+        (_("of the input images"), counted.image_input_tokens or None),
+        (_("of the output images"), counted.image_output_tokens or None),
+        (_("web searches"), counted.web_searches or None),
+    )
     return ((name, figures.count(number)) for name, number in names if number is not None)
+
+
+def _cost_in_words(obj: LLMRequest) -> str:
+    """How it comes about: ``1,200 input × $0.25/M + 300 output × $2.00/M``."""
+    return " + ".join(
+        f"{figures.count(line.number)} {TokenClass(line.token_class).label}"
+        f" × {figures.money(line.price, decimals=PLACES)}/M"
+        for line in obj.cost_lines
+    )
+
+
+def _price_in_words(obj: LLMRequest) -> str:
+    """Which price that was, and of when."""
+    at = parse_datetime(obj.cost_basis.get("at") or "")
+    of = [obj.cost_basis.get("price", ""), obj.service_tier]
+    return ", ".join(
+        filter(None, [*of, at and formats.date_format(timezone.localtime(at), "DATETIME_FORMAT")])
+    )
 
 
 def _raw_request(obj: LLMRequest) -> SafeString:

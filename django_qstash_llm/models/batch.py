@@ -17,13 +17,19 @@ from django.utils.translation import gettext_lazy as _
 
 from ..conf import app_settings
 from ..exceptions import ConfigurationError, InvalidRequest
+from ..pricing import Estimate
 from .doorbell import Bell, ring_on_commit
-from .request import LLMRequest, LLMRequestQuerySet, State, Via, check_saved, refuse_via
+from .request import (
+    ROWS_AT_ONCE,
+    LLMRequest,
+    LLMRequestQuerySet,
+    State,
+    Via,
+    check_saved,
+    refuse_via,
+)
 
 logger = logging.getLogger(__name__)
-
-ROWS_AT_ONCE = 500
-"""How many rows one statement writes or names."""
 
 
 class BatchQuerySet(models.QuerySet["Batch"]):
@@ -51,6 +57,14 @@ class BatchQuerySet(models.QuerySet["Batch"]):
             LLMRequest.objects.using(self.db).bulk_create(llm_requests, batch_size=ROWS_AT_ONCE)
             ring_on_commit(Bell.SUBMIT, self.db)
         return batch
+
+    def estimate(self, items: Sequence[Mapping[str, Any]], **shared: Any) -> Estimate:
+        """What ``submit`` with the same arguments may come to. Raises what ``submit`` raises."""
+        if not isinstance(items, list | tuple) or not items:
+            raise InvalidRequest("items", "give a list of at least one dictionary")
+        now = timezone.now()
+        composed = (_compose(index, item, shared) for index, item in enumerate(items))
+        return sum((each.estimate(at=now) for each in composed), Estimate())
 
     async def asubmit(
         self, items: Sequence[Mapping[str, Any]], *, name: str = "", user: Any = None, **shared: Any

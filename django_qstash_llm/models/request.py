@@ -6,8 +6,9 @@ import difflib
 import json
 import math
 import uuid as uuids
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Self
@@ -22,8 +23,9 @@ from django.utils import timezone
 from django.utils.functional import Promise
 from django.utils.translation import gettext_lazy as _
 
+from .. import pricing
 from ..cleaning import DEEPEST, WIDEST_INTEGER, clean_json, clean_text
-from ..completions import Completion, Usage
+from ..completions import Completion, Usage, read_usage
 from ..conf import app_settings, qstash_client
 from ..exceptions import IllegalState, InvalidRequest
 from ..providers import get_provider
@@ -46,7 +48,7 @@ from .forgetting import changes_at_end
 
 if TYPE_CHECKING:
     from ..chat import AsyncStream, Stream
-    from ..pricing import Cost
+    from ..pricing import Cost, Estimate, Line
     from .callback import CallbackResponse
 
 LONGEST_TIMEOUT = 7200
@@ -59,6 +61,8 @@ COST_STEP = Decimal("1e-12")
 RESERVED_LABEL = "llm-request-"
 """Labels that begin so are ours: by them a request is found again in QStash's logs."""
 MOST_MESSAGES = 10_000
+ROWS_AT_ONCE = 500
+"""How many rows one statement writes or names."""
 ABANDONED_AFTER = 60
 """Seconds after its last moment that a chat is taken for one whose process has died over it."""
 CLAIM_SECONDS = 120
@@ -142,6 +146,41 @@ class LLMRequestQuerySet(models.QuerySet["LLMRequest"]):
         """USD spent on what is priced here; None when nothing is. See ``unpriced``."""
         total: Decimal | None = self.aggregate(total=models.Sum("cost"))["total"]
         return total
+
+    def unpriced_models(self) -> list[dict[str, Any]]:
+        """Of what is ``unpriced`` the models, the most used first: ``provider``, ``model``,
+        ``answered_by``, ``service_tier``, ``requests``, and of these ``counted``, whose tokens are known,
+        so that a price would price them."""
+        of = ("provider", "model", "answered_by", "service_tier")
+        counted = self.unpriced().order_by().values(*of)
+        numbers = {"requests": models.Count("pk"), "counted": models.Count("output_tokens")}
+        return list(counted.annotate(**numbers).order_by("-requests", *of))
+
+    def price_unpriced(self, *, is_rehearsal: bool = False) -> Iterator[tuple[LLMRequest, Cost]]:
+        """Price what could not be priced when it was answered, at the prices of that moment; answers
+        each with its cost. Nothing that has a cost is touched."""
+        self._for_write = True  # for self.db: not the replica that reads would go to
+        last = 0
+        while rows := list(self.unpriced().filter(pk__gt=last).order_by("pk")[:ROWS_AT_ONCE]):
+            last = rows[-1].pk
+            for row in rows:
+                cost = row.cost_by_now()
+                if cost is not None and (is_rehearsal or row.take_late_cost(cost)):
+                    yield row, cost
+
+    # --- before asking ---
+
+    def estimate(self, messages: Sequence[Mapping[str, Any]], **asked: Any) -> Estimate:
+        """What ``publish`` with the same arguments (or ``enqueue``, with a ``queue``) may come to, in
+        tokens and USD, at today's prices. Nothing is written, and nobody asked.
+
+        Raises what ``publish`` raises.
+        """
+        refuse_via(asked)
+        via = Via.ENQUEUE if asked.get("queue") else Via.PUBLISH
+        llm_request = self.model.compose(via=via, messages=messages, **asked)
+        llm_request.prepare()
+        return llm_request.estimate()
 
     def lock(self, uuid: uuids.UUID) -> LLMRequest | None:
         """The request, locked until the transaction ends, without its long texts."""
@@ -707,6 +746,56 @@ class LLMRequest(OverTheWire, models.Model):
                 f"the request weighs {size} bytes and QStash would refuse it: MAX_BODY_BYTES is {limit}. "
                 "Shorten it, or raise the setting if your plan allows more.",
             )
+
+    def estimate(self, *, at: datetime | None = None) -> Estimate:
+        """What it may come to, by the prices of ``at`` (now). See ``pricing.Estimate``."""
+        conf = app_settings()
+        return pricing.estimate(
+            self.provider or conf.default_provider,
+            self.model or conf.default_model,
+            self.messages,
+            self.parameters,
+            at=at or timezone.now(),
+        )
+
+    # --- what it cost ---
+
+    @property
+    def counted(self) -> Usage:
+        """What the provider counted, in all classes."""
+        told = read_usage(self.usage)
+        if told.is_known:
+            return told
+        names = ("input", "output", "cached", "cache_write", "reasoning")
+        tokens = {f"{name}_tokens": getattr(self, f"{name}_tokens") for name in names}
+        return replace(told, **tokens)
+
+    @property
+    def cost_lines(self) -> tuple[Line, ...]:
+        """What its cost is made of; empty where the provider reported it, or it has none."""
+        return pricing.read_basis(self.cost_basis)
+
+    def cost_by_now(self) -> Cost | None:
+        """What its answer cost by the prices of that moment as they are known by now."""
+        cost = pricing.cost_of(
+            self.provider,
+            self.model,
+            self.counted,
+            at=self.finished_at or timezone.now(),
+            answered_by=self.answered_by,
+            service_tier=self.service_tier,
+        )
+        is_estimated = isinstance(self.usage, dict) and self.usage.get("estimated")
+        return replace(cost, source="estimated") if cost and is_estimated else cost
+
+    def take_late_cost(self, cost: Cost) -> bool:
+        """Whether it had none and takes this one."""
+        late = {"cost": cost.amount, "cost_source": cost.source, "cost_basis": cost.basis}
+        rows = type(self).objects.using(self._state.db).filter(_IS_UNPRICED, pk=self.pk)
+        if not rows.update(**late):
+            return False
+        self._take_over(late)
+        return True
 
     # --- asking at once ---
 

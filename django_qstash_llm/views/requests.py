@@ -33,7 +33,17 @@ _OF_A_REQUEST = (
     *("qstash_message_id", "deadline_at", "attempts", "last_status", "dead_letter_id"),
     *("completion", "completion_id", "answered_by", "finish_reason", "refusal", "tool_calls"),
     *("input_tokens", "output_tokens", "cached_tokens", "cache_write_tokens", "reasoning_tokens"),
-    *("cost", "cost_source", "error_code", "error", "created_at", "submitted_at", "finished_at"),
+    *(
+        "cost",
+        "cost_source",
+        "cost_basis",
+        "service_tier",
+        "error_code",
+        "error",
+        "created_at",
+        "submitted_at",
+        "finished_at",
+    ),
     *("announced_at", "forgotten_at", "digest"),
 )
 _ASKED = ("messages", "parameters")
