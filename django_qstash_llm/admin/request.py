@@ -431,7 +431,7 @@ def _usage_rows(obj: LLMRequest) -> Iterator[tuple[Any, str]]:
         (_("of it reasoning"), obj.reasoning_tokens),
     )
     counted = obj.counted
-    names += (
+    more = (
         (_("of it kept in a cache for an hour"), counted.cache_write_1h_tokens or None),
         (_("of the input sound"), counted.audio_input_tokens or None),
         (_("of the output sound"), counted.audio_output_tokens or None),
@@ -439,7 +439,7 @@ def _usage_rows(obj: LLMRequest) -> Iterator[tuple[Any, str]]:
         (_("of the output images"), counted.image_output_tokens or None),
         (_("web searches"), counted.web_searches or None),
     )
-    return ((name, figures.count(number)) for name, number in names if number is not None)
+    return ((name, figures.count(n)) for name, n in (*names, *more) if n is not None)
 
 
 def _cost_in_words(obj: LLMRequest) -> str:
@@ -454,10 +454,8 @@ def _cost_in_words(obj: LLMRequest) -> str:
 def _price_in_words(obj: LLMRequest) -> str:
     """Which price that was, and of when."""
     at = parse_datetime(obj.cost_basis.get("at") or "")
-    of = [obj.cost_basis.get("price", ""), obj.service_tier]
-    return ", ".join(
-        filter(None, [*of, at and formats.date_format(timezone.localtime(at), "DATETIME_FORMAT")])
-    )
+    moment = formats.date_format(timezone.localtime(at), "DATETIME_FORMAT") if at else ""
+    return ", ".join(filter(None, [obj.cost_basis.get("price", ""), moment]))
 
 
 def _raw_request(obj: LLMRequest) -> SafeString:
