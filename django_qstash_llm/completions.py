@@ -244,7 +244,9 @@ def _anthropic_usage(usage: dict[str, Any], raw: dict[str, Any]) -> Usage:
         input_tokens=input_tokens,
         output_tokens=_count(usage.get("output_tokens")),
         cached_tokens=cached if cached is not None else _count(details.get("cached_tokens")),
-        cache_write_tokens=cache_write,
+        cache_write_tokens=(
+            cache_write if cache_write is not None else _count(details.get("cache_write_tokens"))
+        ),
         cache_write_1h_tokens=_count(
             _dict(usage, "cache_creation").get("ephemeral_1h_input_tokens")
         ),
@@ -279,6 +281,7 @@ def _gemini_usage(usage: dict[str, Any], raw: dict[str, Any]) -> Usage:
         output_tokens=_whole_output(output_tokens, input_tokens, usage.get("totalTokenCount")),
         cached_tokens=_count(usage.get("cachedContentTokenCount")),
         reasoning_tokens=thoughts,
+        service_tier=_text(usage.get("serviceTier")).lower()[:64],
         audio_input_tokens=_of_modality(usage.get("promptTokensDetails"), "AUDIO"),
         audio_output_tokens=_of_modality(usage.get("candidatesTokensDetails"), "AUDIO"),
         image_input_tokens=_of_modality(usage.get("promptTokensDetails"), "IMAGE"),
