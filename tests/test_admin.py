@@ -34,6 +34,7 @@ from django_qstash_llm.models import (
     Conversation,
     Lane,
     LLMRequest,
+    Price,
 )
 from django_qstash_llm.models.callback import Kind
 from django_qstash_llm.models.request import State, Via
@@ -1510,3 +1511,102 @@ def test_chat_is_told_of_without_qstash(
     content = admin_client.get(reverse(REQUEST, args=[asked.pk])).content.decode()
     assert sentence in content
     assert "QStash has it" not in content
+
+
+# --- prices -----------------------------------------------------------------------------------
+
+PRICES = "admin:django_qstash_llm_price_changelist"
+PRICE = "admin:django_qstash_llm_price_change"
+ADD_PRICE = "admin:django_qstash_llm_price_add"
+
+
+def form(**given: Any) -> dict[str, Any]:
+    of = {"provider": "openai", "model": "m", "token_class": "input", "tier": "", "above": "0"}
+    return of | {"amount": "2.5", "since_0": "", "since_1": "", "source": ""} | given
+
+
+def test_price_is_set_by_the_form_and_never_edited(admin_client: Client) -> None:
+    assert "Set a price" in Page(admin_client.get(reverse(ADD_PRICE))).text
+    admin_client.post(reverse(ADD_PRICE), form())
+    price = Price.objects.get()
+    assert (price.amount, price.source, price.until) == (Decimal("2.5"), "admin", None)
+    assert LogEntry.objects.get().object_id == str(price.pk)
+    page = Page(admin_client.post(reverse(ADD_PRICE), form()))
+    assert "It costs that already." in page.text
+    admin_client.post(reverse(ADD_PRICE), form(amount="3", source="a letter"))
+    price.refresh_from_db()
+    new = Price.objects.get(until=None)
+    assert (new.amount, new.since, new.source) == (3, price.until, "a letter")
+    now = timezone.localtime()
+    early = form(amount="4", since_0=f"{now:%Y-%m-%d}", since_1=f"{now:%H:%M:%S.%f}")
+    assert "changes on" in Page(admin_client.post(reverse(ADD_PRICE), early)).text
+    assert Price.objects.count() == 2
+    listed = Page(admin_client.get(reverse(PRICES))).text
+    assert "openai/m" in listed
+    assert "$2.50" in listed
+    url = reverse(PRICE, args=[price.pk])
+    admin_client.post(url, form(amount="9"))
+    assert (
+        admin_client.post(
+            reverse("admin:django_qstash_llm_price_delete", args=[price.pk])
+        ).status_code
+        == 403
+    )
+    price.refresh_from_db()
+    assert price.amount == Decimal("2.5")
+
+
+def test_change_of_a_price_that_has_not_begun_is_withdrawn(admin_client: Client) -> None:
+    Price.objects.set("openai", "m", {"input": 1})
+    later = timezone.now() + timedelta(days=1)
+    [new] = Price.objects.set("openai", "m", {"input": 2}, since=later)
+    assert page_of(admin_client, PRICE, new).buttons() == ["withdraw"]
+    response = act(admin_client, PRICES, "withdraw", new)
+    assert messages_of(response) == ["1 change is withdrawn."]
+    left = Price.objects.get()
+    assert left.until is None
+    assert page_of(admin_client, PRICE, left).buttons() == []
+    assert "has begun" in messages_of(act(admin_client, PRICES, "withdraw", left))[1]
+
+
+def test_prices_are_for_those_who_may(staff_client: Callable[..., Client]) -> None:
+    [price] = Price.objects.set("openai", "m", {"input": 1})
+    viewer = staff_client("view_price")
+    assert viewer.get(reverse(PRICES)).status_code == 200
+    assert viewer.post(reverse(ADD_PRICE), form(amount="9")).status_code == 403
+    unpriced = reverse("admin:django_qstash_llm_price_unpriced")
+    assert viewer.get(unpriced).status_code == 200
+    User.objects.get(username="staff").user_permissions.clear()
+    assert viewer.get(unpriced).status_code == 403
+    assert Price.objects.get() == price
+
+
+def test_models_without_a_price_are_listed(admin_client: Client) -> None:
+    url = reverse("admin:django_qstash_llm_price_unpriced")
+    assert "None: all that was answered has a cost." in Page(admin_client.get(url)).text
+    answered = {"state": State.COMPLETED, "provider": "openai", "model": "unheard-of"}
+    LLMRequest.objects.create(**answered, input_tokens=1, output_tokens=1)
+    assert "openai/unheard-of" in Page(admin_client.get(url)).text
+    assert url in admin_client.get(reverse(PRICES)).content.decode()
+
+
+def test_cost_is_explained_on_the_page(admin_client: Client) -> None:
+    Price.objects.set(
+        "openai", "m", {"input": "0.25", "output": 2}, since=timezone.now() - timedelta(days=1)
+    )
+    usage = {"prompt_tokens": 1200, "completion_tokens": 300}
+    usage["completion_tokens_details"] = {"audio_tokens": 7}  # type: ignore[assignment]
+    row = LLMRequest.objects.create(
+        state=State.COMPLETED, provider="openai", model="m", input_tokens=1200, output_tokens=300,
+        usage=usage, finished_at=timezone.now(),
+    )  # fmt: skip
+    text_ = page_of(admin_client, REQUEST, row).text
+    assert "unpriced" in text_
+    assert "of the output sound" in text_
+    usage.pop("completion_tokens_details")
+    LLMRequest.objects.update(usage=usage)
+    assert [cost.amount for _, cost in LLMRequest.objects.price_unpriced()] == [Decimal("0.0009")]
+    text_ = page_of(admin_client, REQUEST, row).text
+    assert "1,200 input × $0.25/M + 300 output × $2.00/M" in text_
+    assert "openai/m, since" in text_
+    assert "unpriced" not in text_

@@ -231,6 +231,14 @@ def test_wrong_price_is_found(price: Any) -> None:
     assert "PRICES']['openai/m']" in problem.msg
 
 
+@pytest.mark.parametrize("cap", [0, -1, 1.5, "many", True, None])
+def test_wrong_output_cap_is_found(cap: Any) -> None:
+    [problem] = in_ours(OUTPUT_CAP={"openai/*": cap})
+    assert ids([problem]) == ["E007"]
+    assert "OUTPUT_CAP']['openai/*']" in problem.msg
+    assert in_ours(OUTPUT_CAP={"openai/*": 4096}) == []
+
+
 def test_all_right_prices_and_types_are_right() -> None:
     prices = {"openai/m": {"input": "0.15", "output": 0.6, "cached": 0, "cache_write": "1"}}
     assert in_ours(PRICES=prices, TIMEOUT=None, SUBMIT_TIMEOUT=10, TRANSPORT=None) == []

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from datetime import timedelta
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,7 +13,7 @@ from django.core.management import CommandError, call_command
 from django.test import override_settings
 from django.utils import timezone
 
-from django_qstash_llm.models import CallbackResponse, Lane, LLMRequest
+from django_qstash_llm.models import CallbackResponse, Lane, LLMRequest, Price
 from django_qstash_llm.qstash import Callback, DeadLetter, LogEntry, MessageRecord
 
 from .conftest import ANSWER
@@ -205,3 +206,111 @@ def test_what_is_wrong_with_a_lane_names_the_option(arguments: list[str], proble
     Lane.objects.create(queue="open")
     with pytest.raises(CommandError, match=problem):
         lanes(*arguments)
+
+
+# --- prices ---
+
+
+def llm_prices(*arguments: str) -> str:
+    out = StringIO()
+    call_command("llm_prices", *arguments, stdout=out)
+    return out.getvalue()
+
+
+def test_price_is_set_listed_and_changed(settings: Any) -> None:
+    assert llm_prices("list") == "None.\n"
+    settings.TIME_ZONE = "Europe/Berlin"
+    llm_prices("set", "openai", "gpt-5*", "input=1", "output=8", "--since", "2026-01-01")
+    assert llm_prices("add", "openai", "gpt-5*", "input=1.0") == "None.\n"
+    changed = llm_prices("set", "openai", "gpt-5*", "input=2", "--since", "2999-01-01T00:00+01:00")
+    assert "openai/gpt-5* · input: $2/M since 2999-01-01 00:00+01:00" in changed
+    listed = llm_prices("list", "--provider", "openai")
+    assert listed.count("\n") == 2
+    assert "$1/M since 2026-01-01 00:00+01:00 until 2999-01-01 00:00+01:00 (llm_prices)" in listed
+    rows = json.loads(llm_prices("list", "--all", "--json"))
+    assert [row["amount"] for row in rows] == ["1.00000000", "2.00000000", "8.00000000"]
+    new = Price.objects.get(until=None, token_class="input")
+    assert "withdrawn" in llm_prices("withdraw", str(new.pk))
+    assert "until" not in llm_prices("list", "--at", "2998-01-01")
+
+
+def test_prices_are_imported_from_a_file_all_or_none(tmp_path: Path) -> None:
+    file = tmp_path / "prices.csv"
+    head = "provider,model,token_class,amount,tier,above,since\n"
+    file.write_text(
+        head + "openai,m,input,1,,,\nopenai,m,output,2,,,\nopenai,m,input,0.5,flex,,\n"
+        "openai,m,input,3,,200000,2026-01-01\n"
+    )
+    with pytest.raises(CommandError, match="line 5: since"):  # m has a price by then
+        llm_prices("import", str(file))
+    assert not Price.objects.exists()
+    file.write_text(file.read_text().replace(",2026-01-01", ",2999-01-01"))
+    assert llm_prices("import", str(file)).count("csv prices.csv") == 4
+    assert llm_prices("import", str(file)) == "None.\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("provider,model,amount\n", "no column 'token_class'"),
+        ("provider,model,token_class,amount,price\n", "no column 'price'"),
+        ("provider,model,token_class,amount\na,m,inputs,1\n", "line 2: amounts: there is no class"),
+        ("provider,model,token_class,amount,above\na,m,input,1,far\n", "line 2: invalid literal"),
+        (
+            "provider,model,token_class,amount,since\na,m,input,1,noon\n",
+            "line 2: noon: give a moment",
+        ),
+        ("\udcff", "prices.csv"),
+    ],
+)
+def test_file_of_prices_that_is_wrong_says_where(tmp_path: Path, text: str, problem: str) -> None:
+    file = tmp_path / "prices.csv"
+    file.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(CommandError, match=problem):
+        llm_prices("import", str(file))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["set", "openai", "m", "input"], "input: give a class and its price"),
+        (["set", "openai", "m", "input=free"], "amounts: 'free' is no price"),
+        (["set", "openai", "m", "input=1", "--since", "soon"], "soon: give a moment"),
+        (["withdraw", "7"], "There is no price 7"),
+        (["import", "/no/such/file.csv"], "No such file"),
+    ],
+)
+def test_what_is_wrong_with_a_price_names_it(arguments: list[str], problem: str) -> None:
+    with pytest.raises(CommandError, match=problem):
+        llm_prices(*arguments)
+
+
+def test_prices_of_what_is_in_use_are_imported_and_price_it(settings: Any) -> None:
+    pytest.importorskip("genai_prices")
+    settings.QSTASH_LLM = settings.QSTASH_LLM | {"PROVIDERS": {"openai": {"API_KEY": "sk-x"}}}
+    assert "output: $15/M" in llm_prices("import", "genai-prices", "openai/gpt-5.4")
+    assert llm_prices("import", "genai-prices", "openai/gpt-5.4") == "None.\n"
+    with pytest.raises(CommandError, match="no price for openai/unheard-of"):
+        llm_prices("import", "genai-prices", "openai/unheard-of")
+    assert llm_prices("import", "genai-prices") == "None.\n"
+
+
+def test_unpriced_are_listed_and_priced() -> None:
+    usage = {"prompt_tokens": 1_000_000, "completion_tokens": 0}
+    answered = {"state": "completed", "provider": "openai", "model": "m", "answered_by": "m-1"}
+    answered |= {"finished_at": timezone.now(), "usage": usage, "input_tokens": 1_000_000}
+    LLMRequest.objects.create(**answered, output_tokens=0)
+    LLMRequest.objects.create(**answered | {"usage": {}, "service_tier": "flex"})
+    assert llm_prices("unpriced").splitlines() == [
+        "       1  openai/m, answered by m-1",
+        "       1  openai/m, answered by m-1, flex (1 without a count of tokens)",
+    ]
+    assert llm_prices("reprice") == "2 stay unpriced.\n"
+    llm_prices("set", "openai", "m*", "input=2", "output=8", "--since", "2026-01-01")
+    planned = llm_prices("reprice", "--dry-run")
+    assert planned == "       1  openai/m would cost $2.00000000 (own)\n1 stay unpriced.\n"
+    assert LLMRequest.objects.cost() is None
+    [told] = json.loads(llm_prices("reprice", "--json"))
+    assert (told["requests"], told["cost"]) == (1, "2.00000000")
+    assert LLMRequest.objects.cost() == 2
+    assert llm_prices("reprice") == "1 stay unpriced.\n"

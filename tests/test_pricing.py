@@ -7,13 +7,18 @@ from typing import Any
 
 import pytest
 
+from django_qstash_llm import pricing
 from django_qstash_llm.completions import Usage
-from django_qstash_llm.pricing import Cost, Tariff, cost_of
+from django_qstash_llm.exceptions import InvalidRequest
+from django_qstash_llm.models import Batch, LLMRequest
+from django_qstash_llm.pricing import Cost, Estimate, Tariff, cost_of, listed, worst_cost
 
 pytestmark = pytest.mark.django_db
 
 AT = datetime(2026, 1, 1, tzinfo=UTC)
 USAGE = Usage(input_tokens=1_000_000, output_tokens=100_000)
+LATER = datetime(2026, 11, 1, tzinfo=UTC)
+SOUND = Usage(input_tokens=100, output_tokens=10, audio_input_tokens=90)
 LLAMA = "meta-llama/Meta-Llama-3-8B-Instruct"
 
 
@@ -187,3 +192,198 @@ class TestWithTheCostsExtra:
     def test_unknown_model_and_provider_are_unpriced(self) -> None:
         assert cost_of("openai", "no-such-model", USAGE, at=AT) is None
         assert cost_of("my own server", "gpt-4o-mini", USAGE, at=AT) is None
+
+    @pytest.mark.parametrize("tier", ["", "flex", "priority", "batch"])
+    @pytest.mark.parametrize("tokens", [1000, 272_000, 272_001])
+    @pytest.mark.parametrize("model", ["gpt-5.4", "gpt-5.4-mini", "gpt-5"])
+    def test_cost_is_what_genai_prices_itself_works_out(
+        self, model: str, tokens: int, tier: str
+    ) -> None:
+        from genai_prices import Usage as GenaiUsage
+        from genai_prices import calc_price
+
+        usage = Usage(input_tokens=tokens, output_tokens=777, cached_tokens=500)
+        theirs = GenaiUsage(input_tokens=tokens, output_tokens=777, cache_read_tokens=500)
+        context = {"processing": "batch"} if tier == "batch" else {"service_tier": tier}
+        said = calc_price(
+            theirs,
+            model,
+            provider_id="openai",
+            genai_request_timestamp=LATER,
+            price_context=context if tier else None,
+        )
+        cost = cost_of("openai", model, usage, at=LATER, service_tier=tier)
+        assert cost == Cost(said.total_price, "genai-prices")
+
+    def test_tier_it_does_not_know_is_unpriced_and_not_the_standard_one(self) -> None:
+        assert cost_of("openai", "gpt-5.4-mini", USAGE, at=LATER, service_tier="scale") is None
+        assert cost_of("openai", "gpt-4o-audio-preview", SOUND, at=LATER) is None
+
+    def test_price_it_does_not_know_is_not_made_up_of_others(self) -> None:
+        hour = {"cache_write_tokens": 10, "cache_write_1h_tokens": 10}
+        usage = Usage(input_tokens=10, output_tokens=0, **hour)
+        cost = cost_of("anthropic", "claude-sonnet-4-5", usage, at=LATER)
+        assert cost is None or cost.amount == Decimal("0.00006")
+
+    def test_names_that_it_does_not_know_do_not_pile_up(self) -> None:
+        from genai_prices import data_snapshot
+
+        snapshot = data_snapshot.get_snapshot()
+        for number in range(pricing.MOST_MISSES + 50):
+            assert cost_of("openai", f"junk-{number}", USAGE, at=AT) is None
+            assert cost_of(f"nobody-{number}", "m", USAGE, at=AT) is None
+        assert len(snapshot._provider_cache) <= pricing.MOST_MISSES + 1
+        assert len(snapshot._provider_misses) <= pricing.MOST_MISSES + 1
+
+    def test_what_it_lists_prices_the_same_when_it_is_ours(self) -> None:
+        found = listed("openai", "gpt-5.4", at=LATER)
+        assert found["", 0] | {} == {
+            "input": Decimal("2.5"),
+            "cached": Decimal("0.25"),
+            "output": Decimal(15),
+            "web_search": Decimal(10_000),
+        }
+        assert found["", 272_000]["input"] == 5
+        assert {tier for tier, _ in found} == {"", "flex", "priority", "batch"}
+        assert listed("openai", "no-such-model", at=LATER) == {}
+
+
+# --- how a cost comes about ---
+
+
+def test_cost_says_what_it_is_made_of(settings: Any) -> None:
+    prices(settings, openai__m={"input": 1, "output": 2, "cached": "0.5", "reasoning": 4})
+    usage = Usage(input_tokens=10, cached_tokens=4, output_tokens=5, reasoning_tokens=3)
+    cost = cost_of("openai", "m", usage, at=AT)
+    assert cost is not None
+    assert [tuple(line) for line in cost.lines] == [
+        ("input", 6, 1),
+        ("cached", 4, Decimal("0.5")),
+        ("output", 2, 2),
+        ("reasoning", 3, 4),
+    ]
+    assert cost.basis == {
+        "price": "PRICES openai/m",
+        "at": AT.isoformat(),
+        "lines": [
+            ["input", 6, "1"],
+            ["cached", 4, "0.5"],
+            ["output", 2, "2"],
+            ["reasoning", 3, "4"],
+        ],
+    }
+    assert pricing.read_basis(cost.basis) == cost.lines
+    assert pricing.read_basis({}) == ()
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        Usage(input_tokens=10, output_tokens=1, audio_input_tokens=1),
+        Usage(input_tokens=10, output_tokens=1, audio_output_tokens=1),
+        Usage(input_tokens=10, output_tokens=1, image_output_tokens=1),
+        Usage(input_tokens=10, output_tokens=1, web_searches=1),
+        Usage(input_tokens=10, output_tokens=1, cache_write_tokens=2, cache_write_1h_tokens=1),
+        Usage(input_tokens=10, output_tokens=1, cache_write_1h_tokens=1),
+    ],
+)
+def test_class_that_is_dear_is_not_taken_for_text(usage: Usage) -> None:
+    tariff = Tariff(Decimal(1), Decimal(1), cache_write=Decimal("1.25"))
+    assert tariff.cost(usage) is None
+    whole = Tariff(*[Decimal(1)] * len(pricing.CLASSES))
+    known = usage.cache_write_tokens or not usage.cache_write_1h_tokens
+    assert (whole.cost(usage) is not None) == bool(known)
+
+
+def test_classes_that_overlap_are_unknown_only_where_it_matters() -> None:
+    usage = Usage(input_tokens=10, output_tokens=0, cached_tokens=8, audio_input_tokens=8)
+    one = Tariff(Decimal(1), Decimal(1), audio_input=Decimal(5))
+    assert one.cost(usage) == Decimal("0.000042")
+    assert (
+        Tariff(Decimal(1), Decimal(1), Decimal("0.1"), audio_input=Decimal(5)).cost(usage) is None
+    )
+
+
+# --- before it is asked ---
+
+ASKED = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+def worst(**parameters: Any) -> Decimal | None:
+    return worst_cost("openai", "m", ASKED, parameters, at=AT)
+
+
+def test_worst_cost_is_the_longest_input_and_all_of_the_output(settings: Any) -> None:
+    prices(settings, openai__m={"input": 1, "output": 2, "cached": "0.1"})
+    most = pricing.estimate("openai", "m", ASKED, {"max_tokens": 50}, at=AT)
+    assert most.most_output_tokens == 50
+    assert worst(max_tokens=50) == (most.most_input_tokens + 100) / pricing.MILLION == most.most
+    assert most.least is not None
+    assert 0 < most.least < most.most
+    assert worst(max_completion_tokens=50, n=3) - worst(max_tokens=50) == 200 / pricing.MILLION
+    assert worst_cost("openai", "unheard-of", ASKED, at=AT) is None
+
+
+def test_worst_cost_is_of_the_dearest_class(settings: Any) -> None:
+    prices(settings, openai__m={"input": 1, "output": 1, "cache_write": 3, "reasoning": 5})
+    tokens = pricing.estimate("openai", "m", ASKED, {"max_tokens": 10}, at=AT).most_input_tokens
+    assert worst(max_tokens=10) == (3 * tokens + 50) / pricing.MILLION
+
+
+def test_worst_cost_of_sound_without_a_price_is_unknown(settings: Any) -> None:
+    prices(settings, openai__m={"input": 1, "output": 1})
+    assert worst(modalities=["text", "audio"]) is None
+    prices(settings, openai__m={"input": 1, "output": 1, "audio_output": 80})
+    assert worst(modalities=["text", "audio"], max_tokens=1_000_000) > 80
+    assert worst(service_tier="flex") is None
+
+
+@pytest.mark.parametrize(
+    ("provider", "parameters", "cap"),
+    [
+        ("openai", {}, 16_384),
+        ("openai", {"max_tokens": 9, "max_completion_tokens": 7}, 7),
+        ("openai", {"max_tokens": "many"}, 16_384),
+        ("openai", {"max_output_tokens": 5, "n": 2}, 10),
+        ("anthropic", {}, 4096),
+        ("anthropic", {"max_tokens": 5}, 5),
+    ],
+)
+def test_output_has_a_cap(provider: str, parameters: Any, cap: int) -> None:
+    assert pricing.output_cap(provider, "m", parameters) == cap
+
+
+def test_cap_in_the_settings_is_the_most_specific(settings: Any) -> None:
+    caps = {"*": 100, "openai/gpt-5*": 200, "openai/gpt-5-mini": 300}
+    settings.QSTASH_LLM = settings.QSTASH_LLM | {"OUTPUT_CAP": caps}
+    models = ("o9", "gpt-5-nano", "gpt-5-mini")
+    assert [pricing.output_cap("openai", model, {}) for model in models] == [100, 200, 300]
+
+
+def test_estimates_are_added_and_count_what_is_unpriced(settings: Any) -> None:
+    prices(settings, openai__m={"input": 1, "output": 2})
+    one = LLMRequest.objects.estimate(ASKED, model="m", max_tokens=10)
+    other = LLMRequest.objects.estimate(ASKED, model="unheard-of", max_tokens=10)
+    assert (other.least, other.most, other.unpriced) == (None, None, 1)
+    both = Batch.objects.estimate(
+        [
+            {"messages": ASKED, "model": "m"},
+            {"messages": ASKED, "model": "unheard-of", "queue": "q"},
+        ],
+        max_tokens=10,
+    )
+    assert both == one + other == other + one
+    assert (both.requests, both.unpriced, both.most) == (2, 1, one.most)
+    assert both.input_tokens == 2 * one.input_tokens
+    assert sum([], Estimate()) == Estimate()
+    assert not LLMRequest.objects.exists()
+
+
+@pytest.mark.parametrize("asked", [{"messages": []}, {"messages": ASKED, "retries": -1}])
+def test_what_cannot_be_asked_cannot_be_estimated(asked: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"messages|retries"):
+        LLMRequest.objects.estimate(**asked)
+    with pytest.raises(InvalidRequest, match="items"):
+        Batch.objects.estimate([asked])
+    with pytest.raises(InvalidRequest, match="items"):
+        Batch.objects.estimate([])

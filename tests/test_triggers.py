@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime, timedelta
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -147,6 +148,27 @@ def test_condition_is_told_whether_the_instance_is_new(watch: Watch) -> None:
     group = Group.objects.create(name="a")
     group.save()
     assert told == [True, False]
+
+
+def test_backfill_is_estimated_without_asking(watch: Watch, settings: Any) -> None:
+    prices = {"openai/gpt-5.4-mini": {"input": "1", "output": "2"}}
+    settings.QSTASH_LLM = settings.QSTASH_LLM | {"PRICES": prices}
+
+    class Backfill(Rename):
+        def condition(self, instance: Group, *, created: bool) -> bool:
+            return not created and instance.name != "good"
+
+        def options(self, instance: Group) -> dict[str, Any]:
+            return {"max_completion_tokens": 1000}
+
+    with pytest.raises(ConfigurationError, match="Backfill is not registered"):
+        Backfill.estimate(Group.objects.all())
+    watch(Backfill)
+    Group.objects.bulk_create(Group(name=name) for name in ("good", "bad", "worse"))
+    estimate = Backfill.estimate(Group.objects.all())
+    assert (estimate.requests, estimate.most_output_tokens, estimate.unpriced) == (2, 2000, 0)
+    assert estimate.most == (estimate.most_input_tokens + 4000) / Decimal(1_000_000)
+    assert not LLMRequest.objects.exists()
 
 
 def test_fixtures_ask_nothing() -> None:
