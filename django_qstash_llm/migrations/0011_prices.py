@@ -8,7 +8,7 @@ from django.db import migrations, models
 
 class Migration(migrations.Migration):
     dependencies = [
-        ("django_qstash_llm", "0007_api_keys"),
+        ("django_qstash_llm", "0010_files_and_batches"),
     ]
 
     operations = [
