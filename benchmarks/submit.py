@@ -94,13 +94,14 @@ def start_stub() -> str:
 # --- the site --------------------------------------------------------------------------------
 
 
-def configure(stub: str, directory: str) -> list[str]:
-    """Two databases; answers the aliases that can be used."""
+def configure(stub: str, directory: str, *, migrates: bool = True) -> list[str]:
+    """Two databases; answers the aliases that can be used. Without ``migrates`` they are there."""
     postgres = os.environ.get("TEST_POSTGRES_URL", "postgres://postgres@127.0.0.1:5432/postgres")
     settings.configure(
         SECRET_KEY="benchmark",
         DEBUG=False,
         USE_TZ=True,
+        TIME_ZONE="UTC",
         DATABASES={
             "default": {
                 "ENGINE": "django.db.backends.sqlite3",
@@ -134,7 +135,16 @@ def configure(stub: str, directory: str) -> list[str]:
     celery = Celery("benchmark", broker="memory://")
     celery.conf.task_always_eager = True
     celery.set_default()
+    if not migrates:
+        use_schema()
+        return ["default", "postgres"]
     return ["default", *(["postgres"] if create_schema(postgres) else [])]
+
+
+def use_schema() -> None:
+    from django.db import connections
+
+    connections["postgres"].settings_dict["OPTIONS"] = {"options": "-c search_path=llm_benchmark"}
 
 
 def create_schema(postgres: str) -> bool:
@@ -152,7 +162,7 @@ def create_schema(postgres: str) -> bool:
         print(f"Not run on PostgreSQL: {str(error).splitlines()[0]}", file=sys.stderr)
         return False
     connections["postgres"].close()
-    connections["postgres"].settings_dict["OPTIONS"] = {"options": "-c search_path=llm_benchmark"}
+    use_schema()
     call_command("migrate", database="postgres", verbosity=0)
     return True
 

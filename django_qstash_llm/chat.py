@@ -24,6 +24,7 @@ from collections.abc import (
 )
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import lru_cache, partial
 from typing import Any, ParamSpec, Self, TypeVar, cast
 from weakref import WeakKeyDictionary
@@ -41,6 +42,7 @@ from .conf import app_settings, named
 from .exceptions import ChatFailed, ConfigurationError, InvalidRequest, UnreadableCompletion
 from .models import LLMRequest
 from .models.callback import DROPPED_HEADERS, plain, read_body, without_secrets
+from .models.ledger import CHAT, LedgerEntry
 from .models.request import Changes, State, Via
 from .pricing import Cost, cost_of
 from .providers import Provider, get_provider
@@ -50,6 +52,7 @@ from .streams import Chunk, StreamBroken, StreamReader
 P = ParamSpec("P")
 T = TypeVar("T")
 Within = AbstractContextManager[object]
+Bill = Callable[[LLMRequest, Changes], LedgerEntry | None]
 _NOTHING: Within = nullcontext()
 
 KEPT_FOR = 30.0
@@ -318,7 +321,7 @@ class Call:
             changes = changes or row.after_spending(completion.usage, cost)
             return without_secrets(changes) | {"last_status": self.status}
 
-        self._end(decide)
+        self._end(decide, self._bill(completion.usage, cost, at=now))
 
     def _broken_off(
         self,
@@ -336,19 +339,32 @@ class Call:
             changes = row.after_breaking_off(state, code, problem, completion, cost, now=now)
             return without_secrets(changes) | {"last_status": status}
 
-        self._end(decide)
+        self._end(decide, self._bill(completion.usage, cost, at=now))
 
-    def _end(self, decide: Callable[[LLMRequest], Changes]) -> None:
+    @staticmethod
+    def _bill(usage: Usage, cost: Cost | None, *, at: datetime) -> Bill:
+        def bill(row: LLMRequest, changes: Changes) -> LedgerEntry | None:
+            # Already, where this is written a second time: one row is one call.
+            is_useful = changes.get("state", row.state) == State.COMPLETED
+            if not (is_useful or usage.is_known):
+                return None  # nothing came that was paid for
+            return LedgerEntry.of_answer(
+                row, answer=CHAT, usage=usage, cost=cost, at=at, is_useful=is_useful
+            )
+
+        return bill
+
+    def _end(self, decide: Callable[[LLMRequest], Changes], bill: Bill) -> None:
         """Write it down; once more where the connection has gone stale while nobody used it."""
         connection = connections[self.using]
         try:
-            self.llm_request.end(decide)
+            self.llm_request.end(decide, bill)
         except (InterfaceError, OperationalError):
             if connection.in_atomic_block:
                 raise
-            self._end_at_last(decide)
+            self._end_at_last(decide, bill)
 
-    def _end_at_last(self, decide: Callable[[LLMRequest], Changes]) -> None:
+    def _end_at_last(self, decide: Callable[[LLMRequest], Changes], bill: Bill) -> None:
         """An answer that was paid for is in hand: a lock that others hold, or a connection that has
         gone stale, is not to lose it. Guarded, so that twice is once."""
         connection = connections[self.using]
@@ -356,11 +372,11 @@ class Call:
             if not connection.is_usable():
                 connection.close()
             try:
-                self.llm_request.end(decide)
+                self.llm_request.end(decide, bill)
                 return
             except (InterfaceError, OperationalError):
                 time.sleep(pause)
-        self.llm_request.end(decide)
+        self.llm_request.end(decide, bill)
 
     def let_go(self, *, always: bool = False) -> None:
         """Hold no connection to the database while waiting: none of a pool's, which others wait for,

@@ -141,6 +141,8 @@ class AppSettings:
     """A larger file is refused there with 413; OpenAI takes as much for a batch."""
     openai_max_batch_lines: int = 50_000
     """A batch of more requests fails; OpenAI takes as many."""
+    budgets_allow_unpriced: bool = False
+    """Whether a budget that refuses lets pass what it has no price for. It then counts as nothing."""
     transport: Any = field(default=None, repr=False)
     """An httpx transport, or the dotted path to one, for the way to QStash."""
     chat_transport: Any = field(default=None, repr=False)

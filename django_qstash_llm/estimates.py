@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +50,20 @@ _PIECES = re.compile(
     r"|(?P<rest>.)",
     re.DOTALL,
 )
+_LONG = re.compile(rb"[a-z]{8,}")
+_CAPITALS = re.compile(rb"[A-Z]{2,}")
+_HUMPS = re.compile(rb"[a-z][A-Z]")
+_GAPS = re.compile(rb"\s{2,}|\n")
+
+
+def _kind(kept: str) -> tuple[bytes, bytes]:
+    """All other bytes, and a table that makes spaces of them."""
+    others = bytes(each for each in range(256) if chr(each) not in kept)
+    return others, bytes(each if chr(each) in kept else 32 for each in range(256))
+
+
+_LETTERS, _LARGE = _kind(string.ascii_letters), _kind(string.ascii_uppercase)
+_DIGITS, _SIGNS = _kind(string.digits), _kind(string.punctuation)
 _SIGNS_OF_JSON = re.compile(r'[{}\[\]":,\s]+')
 _COUNTS: dict[str, Callable[[int], float]] = {
     "word": lambda length: 1 + max(0, length - 7) / 4.5,
@@ -106,6 +121,9 @@ def weigh(text: str) -> Weight:
 
 
 def _weigh(text: str) -> Weight:
+    if text.isascii():
+        likely = _of_ascii(text.encode())
+        return Weight(likely, likely * _MOST_TIMES)
     likely = most = 0.0
     for match in _PIECES.finditer(text):
         kind = match.lastgroup or "rest"
@@ -113,6 +131,33 @@ def _weigh(text: str) -> Weight:
         likely += tokens
         most += tokens * _TIMES.get(kind, _MOST_TIMES)
     return Weight(likely, most)
+
+
+def _of_ascii(text: bytes) -> float:
+    """The same as ``_COUNTS`` of its pieces, by how many bytes of each kind there are, and in how many
+    runs: budgets weigh every request, and looking at each piece takes longer than to submit it."""
+    words, letters = _runs(text, _LETTERS)
+    _, large = _runs(text, _LARGE)
+    is_written = large * 8 > letters  # and not only at the beginning of sentences
+    long, capitals = _LONG.findall(text), _CAPITALS.findall(text) if is_written else []
+    numbers, digits = _runs(text, _DIGITS)
+    groups, signs = _runs(text, _SIGNS)
+    return (
+        words
+        + (len(_HUMPS.findall(text)) if is_written else 0)
+        + (len(b"".join(long)) - 7 * len(long)) / 4.5
+        + sum(max(0, len(each) / 2.5 - 1) for each in capitals)
+        + max(numbers, math.ceil(digits / 3))
+        + 0.4 * groups
+        + signs / 2.2
+        + (len(_GAPS.findall(text)) if b"\n" in text or b"  " in text else 0)
+    )
+
+
+def _runs(text: bytes, kind: tuple[bytes, bytes]) -> tuple[int, int]:
+    """How many runs of the bytes of a kind there are, and how many of these."""
+    others, as_spaces = kind
+    return len(text.translate(as_spaces).split()), len(text.translate(None, others))
 
 
 def count_input(messages: Sequence[Mapping[str, Any]], parameters: Mapping[str, Any]) -> Counted:

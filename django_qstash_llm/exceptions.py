@@ -8,6 +8,7 @@
     │   └── NoSuchModel                             a model that is not there, or not for this caller
     ├── IllegalState                                a verb that this row's state does not allow
     │   └── ConversationBusy                        another turn of it is being answered
+    ├── BudgetExceeded                              it does not fit into a budget; .budget
     ├── ChatFailed                                  the Chat API got no whole answer; .llm_request
     └── UnreadableCompletion (ValueError)           an answer that is no completion; .code
 """
@@ -15,6 +16,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
+from decimal import Decimal
 from typing import Any
 
 from django.core.exceptions import ImproperlyConfigured
@@ -53,6 +56,34 @@ class IllegalState(QStashLLMError):
 class ConversationBusy(IllegalState):
     """Another turn of the conversation was being answered for as long as was waited. Nothing was
     asked."""
+
+
+class BudgetExceeded(QStashLLMError):
+    """A request may cost more than is left of a budget. It was not asked."""
+
+    def __init__(
+        self,
+        reason: str,
+        *,
+        budget: str,
+        amount: Decimal,
+        spent: Decimal,
+        reserved: Decimal,
+        needed: Decimal | None,
+        renews_at: datetime | None = None,
+    ) -> None:
+        super().__init__(reason)
+        self.budget = budget
+        """Its name."""
+        self.amount = amount
+        """USD, as are the others."""
+        self.spent = spent
+        self.reserved = reserved
+        """For requests under way."""
+        self.needed = needed
+        """The most that the request may cost; None where no price is known."""
+        self.renews_at = renews_at
+        """When the next period begins; None where it does not help, or there is none."""
 
 
 class ChatFailed(QStashLLMError):

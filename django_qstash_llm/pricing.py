@@ -228,7 +228,41 @@ def worst_cost(
     Of the input the most that it may count, all of the output up to its cap, and of each the dearest
     class. Not in it: what tools that the provider itself runs may read or charge.
     """
-    return estimate(provider, model, messages, parameters, at=at).most
+    return WorstCosts(at=at).of(provider, model, messages, parameters)
+
+
+class WorstCosts:
+    """``worst_cost`` of many requests at one moment, which looks each price up once."""
+
+    def __init__(self, *, at: datetime) -> None:
+        self.at = at
+        self._tariffs: dict[tuple[str, str, str, int], Found | None] = {}
+
+    def of(
+        self,
+        provider: str,
+        model: str,
+        messages: Sequence[Mapping[str, Any]],
+        parameters: Mapping[str, Any] | None = None,
+    ) -> Decimal | None:
+        """USD; None when it is unpriced."""
+        parameters = parameters or {}
+        counted = estimates.count_input(messages, parameters)
+        found = self._found(
+            provider, model, counted.most, str(parameters.get("service_tier") or "")
+        )
+        cap = output_cap(provider, model, parameters)
+        return _most(found.tariff, counted, cap, parameters) if found else None
+
+    def _found(self, provider: str, model: str, tokens: int, tier: str) -> Found | None:
+        # Long inputs have prices of their own, from some thousands on: rounded up it is never less.
+        thousands = -(-tokens // 1000)
+        key = (provider, model, tier, thousands)
+        if key not in self._tariffs:
+            self._tariffs[key] = find_tariff(
+                provider, [model], at=self.at, service_tier=tier, input_tokens=thousands * 1000
+            )
+        return self._tariffs[key]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,3 +18,7 @@ request_completed = Signal()
 
 # No answer will come. Arguments: llm_request. In one transaction with the mark that it was sent.
 request_failed = Signal()
+
+# A threshold of a budget is reached. ``sender`` is ``Budget``. Arguments: budget, alert (threshold in
+# percent, spent and amount in USD). Sent once for each period, from Celery.
+budget_threshold_reached = Signal()

@@ -13,14 +13,16 @@ from django.db import router
 from django.utils import timezone
 from kombu.exceptions import OperationalError
 
-from . import triggers
+from . import alerting, triggers
 from .models import CallbackResponse, File, KeptAnswer, Lane, LLMRequest
+from .models.budget import Alert
 from .models.cancellation import Cancellations
 from .models.doorbell import Bell
 from .models.intake import Intake
 from .models.outbox import Outbox
 from .models.purge import Purge
 from .models.reconciler import Reconciler
+from .models.settlement import settle
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +130,14 @@ def batches(using: str = "") -> None:
 
 
 @shared_task(
+    name="django_qstash_llm.alert", ignore_result=True, acks_late=True, reject_on_worker_lost=True
+)
+def alert(using: str = "") -> None:
+    """Tell which thresholds of budgets are reached."""
+    alerting.alert(using or _ours())
+
+
+@shared_task(
     name="django_qstash_llm.sweep", ignore_result=True, acks_late=True, reject_on_worker_lost=True
 )
 def sweep(using: str = "") -> None:
@@ -148,6 +158,9 @@ def sweep(using: str = "") -> None:
         ring(Bell.CANCEL, using)
     if _is_anything_unannounced(using):
         ring(Bell.ANNOUNCE, using)
+    settle(using)
+    if Alert.objects.using(using).untold().exists():
+        ring(Bell.ALERT, using)
     KeptAnswer.objects.using(using).expired(timezone.now()).delete()
     File.objects.using(using).expired(timezone.now()).delete()
 
@@ -160,6 +173,7 @@ _TASKS = {
     Bell.RECONCILE: reconcile,
     Bell.BATCHES: batches,
     Bell.LANES: lanes,
+    Bell.ALERT: alert,
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from asgiref.sync import sync_to_async
 from django.conf import settings
 from django.db import models, transaction
-from django.db.models import Count, Exists, OuterRef, Q, Sum
+from django.db.models import Count, Exists, OuterRef, Q
 from django.utils import timezone
 from django.utils.translation import gettext_lazy as _
 
@@ -126,8 +126,7 @@ class Batch(models.Model):
 
     def cost(self) -> Decimal | None:
         """USD of what is priced, of every time it was asked; None when nothing is."""
-        total: Decimal | None = self.llm_requests.aggregate(total=Sum("cost"))["total"]
-        return total
+        return self.llm_requests.cost()
 
     def resubmit_failed(self) -> list[LLMRequest]:
         """Ask again what ``counts`` calls failed, and nothing else: each as a request of its own

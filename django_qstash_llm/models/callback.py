@@ -31,6 +31,7 @@ from ..signals import request_attempted
 from . import inbox
 from .attempt import Attempt
 from .doorbell import Bell, ring_on_commit
+from .ledger import LedgerEntry
 from .request import MOST_RETRIES, Changes, LLMRequest, State
 
 logger = logging.getLogger(__name__)
@@ -138,6 +139,8 @@ class CallbackResponseQuerySet(models.QuerySet["CallbackResponse"]):
             inbox.insert(receipt, using=self.db)
             if llm_request is not None and changes:
                 llm_request.write(changes)
+            if receipt.entry is not None:
+                inbox.insert(receipt.entry, using=self.db)
             receipt.ring()
         return receipt
 
@@ -167,7 +170,7 @@ class CallbackResponseQuerySet(models.QuerySet["CallbackResponse"]):
         if is_supposed and changes.get("state") != State.COMPLETED:
             return False
         needed = llm_request.needed(changes) if llm_request else {}
-        if not inbox.store_at_once(receipt, llm_request, needed, using=using):
+        if not inbox.store_at_once(receipt, llm_request, needed, receipt.entry, using=using):
             return False
         if llm_request and changes:
             llm_request.become(changes)
@@ -284,6 +287,9 @@ class CallbackResponse(Attempt):
     """What was read, so that it is read once."""
 
     objects = CallbackResponseQuerySet.as_manager()
+
+    entry: LedgerEntry | None = None
+    """What reading it enters into the ledger: set by ``read``, and stored by who stores the rest."""
 
     class Meta:
         verbose_name = _("callback response")
@@ -413,6 +419,7 @@ class CallbackResponse(Attempt):
 
         Changes nothing in the database. Never raises: what breaks is put off.
         """
+        self.entry = None
         if (
             callback.max_retries is None
             and self.llm_request
@@ -427,6 +434,7 @@ class CallbackResponse(Attempt):
         except Exception as error:
             logger.exception("A callback for %s is stored, but could not be read", self.uuid)
             self.put_off(error, now=now)
+            self.entry = None
             return {}
         if self.llm_request and self.applied_at is None:  # once, however often it is read
             self.to_announce = (
@@ -484,12 +492,16 @@ class CallbackResponse(Attempt):
             self.save(using=self._state.db, update_fields=read)
             if self.llm_request is not None and changes:
                 self.llm_request.write(changes)
+            if self.entry is not None:
+                entries = LedgerEntry.objects.using(self._state.db)
+                entries.correct(self.entry, now=now)
             if is_first_time:
                 self.ring()
         return bool(changes)
 
     def anew(self, llm_request: LLMRequest) -> Changes:
-        """What this answer of ``llm_request`` would change about it if it came today.
+        """What this answer of ``llm_request`` would change about it if it came today; ``entry`` is
+        what it would enter into the ledger.
 
         Of a completed request only the answer that completed it may, of others only one that was
         counted, and then only what it cost. Raises ``IllegalState`` where it is no such answer, or
@@ -514,6 +526,8 @@ class CallbackResponse(Attempt):
             raise IllegalState("It is another answer than the one that was counted.")
         told = (completion.model, completion.service_tier) if completion else ()
         cost = self._cost(llm_request, usage, *told)
+        is_useful = llm_request.state == State.COMPLETED
+        self._bill(llm_request, usage, cost, is_useful=is_useful)
         return llm_request.after_reading_anew(usage, cost, completion)
 
     def _kept_callback(self) -> Callback:
@@ -593,12 +607,14 @@ class CallbackResponse(Attempt):
             words = self._with_remedy(str(error))
             changes = llm_request.after_failure(error.code, words, now=self.received_at)
             if error.usage:
-                changes |= llm_request.after_spending(
-                    error.usage, self._cost(llm_request, error.usage)
-                )
+                cost = self._cost(llm_request, error.usage)
+                changes |= llm_request.after_spending(error.usage, cost)
+                self._bill(llm_request, error.usage, cost, is_useful=False)
             return without_secrets(changes)
         cost = self._cost(llm_request, completion.usage, completion.model, completion.service_tier)
         completed = llm_request.after_completion(completion, cost, now=self.received_at)
+        is_read_again = self.received_at == llm_request.finished_at
+        self._bill(llm_request, completion.usage, cost, is_useful=bool(completed) or is_read_again)
         if not completed:
             # Cancelled in the meantime: nobody reads the answer, and it has to be paid for.
             return without_secrets(llm_request.after_spending(completion.usage, cost))
@@ -607,6 +623,23 @@ class CallbackResponse(Attempt):
         # Whatever else was told, of whichever message: this is the attempt that answered.
         attempt = {"attempts": self.attempt, "last_status": self.status}
         return without_secrets(completed) | attempt
+
+    def _bill(
+        self, llm_request: LLMRequest, usage: Usage, cost: Cost | None, *, is_useful: bool
+    ) -> None:
+        self.entry = LedgerEntry.of_answer(
+            llm_request,
+            answer=self.answer,
+            usage=usage,
+            cost=cost,
+            at=self.received_at,
+            is_useful=is_useful,
+        )
+
+    @property
+    def answer(self) -> str:
+        """By which the ledger knows what it says."""
+        return f"{self.source_message_id}.{self.retried}"
 
     def _cost(
         self, llm_request: LLMRequest, usage: Usage, answered_by: str = "", tier: str = ""
@@ -670,8 +703,8 @@ _TO_DO = ("to_announce", "cancel_after")
 _ANSWER_AFTER_A_FAILURE = "The request had failed before this answer came: the answer counts."
 _GIVEN_UP_AFTER_THE_ANSWER = "QStash gave a message of this request up, and the request has been answered: the answer counts."
 _ANOTHER_ANSWER = (
-    "The request was completed before by another answer. This one is paid for as well: it is not "
-    "used, and not part of the request's cost."
+    "The request was completed before by another answer. This one is paid for as well: it is in the "
+    "ledger, and neither used nor part of the request's cost."
 )
 
 

@@ -24,6 +24,8 @@ class Bell(StrEnum):
     """There are submitted requests of which nobody has heard past their deadline."""
     BATCHES = "batches"
     """There are batches whose file is to be read, or that are to be stopped."""
+    ALERT = "alert"
+    """There are budgets of which a threshold was reached, and nobody was told."""
     LANES = "lanes"
     """There are lanes of which QStash is to be told, or whose pause is over."""
 

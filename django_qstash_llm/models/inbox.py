@@ -16,8 +16,10 @@ from functools import lru_cache
 from typing import Any, TypeVar
 from uuid import UUID
 
-from django.db import DatabaseError, connections, models
+from django.db import DatabaseError, connections, models, transaction
 from django.db.models.base import ModelState
+
+from .money import USDField
 
 try:
     from psycopg import Cursor
@@ -151,14 +153,34 @@ def update(row: models.Model, changes: Mapping[str, Any], *, using: str) -> None
     _write(_update(type(row), names, using), [*values, row.pk], using)
 
 
-def update_in(row: models.Model, state: str, changes: Mapping[str, Any], *, using: str) -> bool:
-    """Write ``changes`` of a row that nobody has locked, and whether it was in ``state`` still."""
-    names = tuple(changes)
-    values = _prepared(type(row), names, changes.values(), using)
+def update_in(
+    row: models.Model,
+    state: str,
+    changes: Mapping[str, Any],
+    entry: models.Model | None = None,
+    *,
+    using: str,
+) -> bool:
+    """Write ``changes`` of a row that nobody has locked, and store ``entry``, and whether the row was
+    in ``state`` still; otherwise neither is done."""
+    connection, names = connections[using], tuple(changes)
+    values = [*_prepared(type(row), names, changes.values(), using), row.pk, state]
     # Not as it is: of an index that holds the rows in one state PostgreSQL believes that these are
     # few, and reads all that have been in it since the last vacuum.
     sql = f"{_update(type(row), names, using)} AND state || '' = %s"
-    return bool(_write(sql, [*values, row.pk, state], using))
+    if entry is None:
+        return bool(_write(sql, values, using))
+    if connection.vendor == "postgresql":
+        entered, usual, more = _stored(entry, using, without=_OF_ROW)
+        both = _update_and_enter(sql, type(entry), entered, usual, using)
+        return bool(_write(both, [*values, *more], using))
+    if can_store_at_once(using):
+        return _write_and_insert(sql, values, [entry], using)
+    with transaction.atomic(using=using, savepoint=False):
+        is_done = bool(_write(sql, values, using))
+        if is_done:
+            insert(entry, using=using)
+    return is_done
 
 
 def can_store_at_once(using: str) -> bool:
@@ -171,30 +193,40 @@ def store_at_once(
     receipt: models.Model,
     row: models.Model | None,
     changes: Mapping[str, Any],
+    entry: models.Model | None = None,
     *,
     using: str,
 ) -> bool:
-    """Store ``receipt`` and write ``changes`` of ``row``, both or neither, and whether it was both:
-    it is neither when somebody has changed the row since ``look``."""
+    """Store ``receipt`` and ``entry`` and write ``changes`` of ``row``, all or nothing, and whether it
+    was all: it is nothing when somebody has changed the row since ``look``."""
     if row is None or not changes:
+        if entry is not None:
+            return False  # with a lock: it is rare that an answer changes nothing
         insert(receipt, using=using)
         return True
-    return _AT_ONCE[connections[using].vendor](receipt, row, changes, using)
+    return _AT_ONCE[connections[using].vendor](receipt, row, changes, entry, using)
 
 
 def _in_one_statement(
     receipt: models.Model,
     row: models.Model,
     changes: Mapping[str, Any],
+    entry: models.Model | None,
     using: str,
 ) -> bool:
     names, (known, held) = tuple(changes), getattr(row, VERSION)
     to_learn = getattr(row, TO_LEARN, "id")
-    stored, usual, values = _stored(receipt, using, without=_LINK)
+    stored, usual, values = _stored(receipt, using, without=_OF_REQUEST)
     changed = _prepared(type(row), names, changes.values(), using)
     nulls = tuple(name for name, value in zip(known, held, strict=True) if value is None)
     held = [value for value in held if value is not None]
-    sql = _statement(type(receipt), stored, usual, type(row), names, known, nulls, to_learn, using)
+    entered: Entered | None = None
+    if entry is not None:
+        columns, as_usual, more = _stored(entry, using, without=_OF_ROW)
+        entered, values = (type(entry), columns, as_usual), [*values, *more]
+    sql = _statement(
+        type(receipt), stored, usual, type(row), names, known, nulls, to_learn, entered, using
+    )
     found = _fetch(sql, [*changed, *held, *values], using)
     if found is None:
         return False
@@ -208,23 +240,34 @@ def _in_a_short_transaction(
     receipt: models.Model,
     row: models.Model,
     changes: Mapping[str, Any],
+    entry: models.Model | None,
     using: str,
 ) -> bool:
-    connection, names = connections[using], tuple(changes)
-    looked_at, found = getattr(row, VERSION)
+    names, (looked_at, found) = tuple(changes), getattr(row, VERSION)
     update = _guarded_update(type(row), names, looked_at, using)
     changed = _prepared(type(row), names, changes.values(), using)
-    stored, usual, values = _stored(receipt, using)
-    insert = _insert(type(receipt), stored, usual, using, returning=False)
+    rows = [receipt] if entry is None else [receipt, entry]
+    return _write_and_insert(update, [*changed, row.pk, *found], rows, using)
+
+
+def _write_and_insert(
+    update: str, values: Sequence[Any], rows: Sequence[models.Model], using: str
+) -> bool:
+    """SQLite's way. By hand: what ``atomic`` keeps account of takes as long as writing does."""
+    connection = connections[using]
+    inserts = []
+    for row in rows:
+        stored, usual, given = _stored(row, using)
+        inserts.append((_insert(type(row), stored, usual, using, returning=False), given))
     with _cursor(using) as cursor:
-        # By hand: what ``atomic`` keeps account of takes as long as writing does.
         cursor.execute("BEGIN IMMEDIATE")
         try:
-            cursor.execute(_for_driver(update, using), [*changed, row.pk, *found])
+            cursor.execute(_for_driver(update, using), values)
             is_as_it_was = bool(cursor.rowcount)
             if is_as_it_was:
-                cursor.execute(_for_driver(insert, using), values)
-                receipt.pk = cursor.lastrowid
+                for row, (sql, given) in zip(rows, inserts, strict=True):
+                    cursor.execute(_for_driver(sql, using), given)
+                    row.pk = cursor.lastrowid
             connection.commit()
         except BaseException:
             try:
@@ -232,7 +275,8 @@ def _in_a_short_transaction(
             except DatabaseError:  # nobody knows what state it is in
                 connection.close()
             raise
-    receipt._state.adding, receipt._state.db = not is_as_it_was, using
+    for row in rows:
+        row._state.adding, row._state.db = not is_as_it_was, using
     return is_as_it_was
 
 
@@ -289,12 +333,23 @@ def _with_question_marks(sql: str) -> str:
     return sql.replace("%s", "?")
 
 
+Entered = tuple[type[models.Model], tuple[str, ...], frozenset[str]]
+"""Of an entry its model, its columns, and those of them that a statement says itself."""
 _LINK = "llm_request_id"
-"""The column of a receipt that names its request: the statement knows it."""
+"""The column of a receipt that names its request."""
+_OF_REQUEST = {_LINK: "changed.id"}
+_READ_OF_ROW = ("provider", "model", "tenant", "user_id", "labels", "content_type_id", "api_key_id")
+_OF_ROW = {
+    **{name: f"changed.{name}" for name in ("provider", "model", "tenant", "labels")},
+    "user": "COALESCE(changed.user_id::text, '')",
+    "about_type": "changed.content_type_id",
+    "api_key": "COALESCE(changed.api_key_id::text, '')",
+}
+"""What the one statement knows of a request that it changes, for receipt and entry."""
 
 
 def _stored(
-    row: Any, using: str, *, without: str = ""
+    row: Any, using: str, *, without: Mapping[str, str] | None = None
 ) -> tuple[tuple[str, ...], frozenset[str], list[Any]]:
     """The columns that are named when a new row is stored, those of them that are as they usually
     are, which the statement says itself, and the values of the others."""
@@ -302,8 +357,8 @@ def _stored(
     names = _names_without(model, getattr(row, "left_to_the_database", _NOTHING))
     here = row.__dict__
     usual = frozenset(
-        name for name, value in _usual(model) if here[name] == value or name == without
-    )
+        name for name, value in _usual(model) if here[name] == value and name not in (without or ())
+    ) | frozenset(without or ())
     named = tuple(name for name in names if name not in usual)
     return names, usual, _prepared(model, named, [here[name] for name in named], using)
 
@@ -369,7 +424,11 @@ def _to_prepare(
 ) -> list[tuple[int, Any]]:
     plain = _PLAIN + _PLAIN_TO_POSTGRESQL * (connections[using].vendor == "postgresql")
     fields = (model._meta.get_field(name) for name in names)
-    return [(i, field) for i, field in enumerate(fields) if not isinstance(field, plain)]
+    return [
+        (i, field)
+        for i, field in enumerate(fields)
+        if isinstance(field, USDField) or not isinstance(field, plain)
+    ]
 
 
 # What is given to the driver as it is.
@@ -460,26 +519,58 @@ def _statement(
     known: tuple[str, ...],
     nulls: tuple[str, ...],
     to_learn: str,
+    entered: Entered | None,
     using: str,
 ) -> str:
     """The one statement that is raw because nothing else is one: a short transaction is four messages
     to and fro, during which the row is locked."""
     quote = connections[using].ops.quote_name
-    columns, marks = _marks(receipt, stored, usual, using, {_LINK: "changed.id"})
+    columns, marks = _marks(receipt, stored, usual, using, _OF_REQUEST)
     guards = " AND ".join(
         f"{_column(row, name, using)} {'IS NULL' if name in nulls else '= %s'}" for name in known
     )
     learned: Any = row._meta.get_field(to_learn)
+    read = entering = ""
+    if entered is not None:
+        read = _read_of_row(using)
+        entering = f", entered AS ({_enter(*entered, using)})"
     return f"""
         WITH changed AS (
             UPDATE {quote(row._meta.db_table)} SET {_sets(row, names, using)}
-            WHERE {guards} RETURNING id, {quote(learned.column)} AS learned
+            WHERE {guards} RETURNING id, {quote(learned.column)} AS learned {read}
         ), stored AS (
             INSERT INTO {quote(receipt._meta.db_table)} ({columns})
             SELECT {marks} FROM changed RETURNING id
-        )
+        ){entering}
         SELECT stored.id, changed.id, changed.learned FROM stored, changed
     """  # noqa: S608 - the models' own names
+
+
+@lru_cache(maxsize=256)
+def _update_and_enter(
+    update: str,
+    entry: type[models.Model],
+    names: tuple[str, ...],
+    usual: frozenset[str],
+    using: str,
+) -> str:
+    return f"""
+        WITH changed AS ({update} RETURNING id {_read_of_row(using)})
+        {_enter(entry, names, usual, using)}
+    """
+
+
+def _read_of_row(using: str) -> str:
+    quote = connections[using].ops.quote_name
+    return "".join(f", {quote(name)}" for name in _READ_OF_ROW)
+
+
+def _enter(
+    entry: type[models.Model], names: tuple[str, ...], usual: frozenset[str], using: str
+) -> str:
+    columns, marks = _marks(entry, names, usual, using, _OF_ROW)
+    table = connections[using].ops.quote_name(entry._meta.db_table)
+    return f"INSERT INTO {table} ({columns}) SELECT {marks} FROM changed"  # noqa: S608
 
 
 def _column(model: type[models.Model], name: str, using: str) -> str:

@@ -27,14 +27,13 @@ from ..conf import app_settings, qstash_client
 from ..exceptions import ConfigurationError, IllegalState, InvalidRequest, NoSuchModel
 from ..qstash import NotFound, QStashError
 from .asked import read_asked
-from .batch import ROWS_AT_ONCE
 from .batch_input import ENDPOINT, BatchInput, BatchInputQuerySet
 from .caller import Caller
 from .circuit import CLOCKS_DIFFER
 from .doorbell import Bell, ring_on_commit
 from .file import File, FilePart, FileQuerySet
 from .forgetting import FULL, kept
-from .request import CLAIM_SECONDS, LLMRequest, LLMRequestQuerySet, State, Via
+from .request import CLAIM_SECONDS, ROWS_AT_ONCE, LLMRequest, LLMRequestQuerySet, State, Via
 
 logger = logging.getLogger(__name__)
 

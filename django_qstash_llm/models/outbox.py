@@ -41,6 +41,7 @@ from ..qstash import (
     UnreadableAnswer,
 )
 from ..signals import request_submitted
+from .budget import Budget, BudgetQuerySet
 from .circuit import CLOCKS_DIFFER, LONGEST_PAUSE, QSTASH, Circuit, CircuitQuerySet
 from .lane import Lane
 from .reconciler import known_message_id
@@ -88,6 +89,9 @@ class _Excerpt(NamedTuple):
     submit_after: datetime | None
     claim_token: uuids.UUID
     claimed_until: datetime | None
+    tenant: str
+    user_id: Any
+    api_key_id: int | None
 
 
 class Claimed(OverTheWire, _Excerpt):
@@ -157,6 +161,10 @@ class Outbox:
     def circuits(self) -> CircuitQuerySet:
         return Circuit.objects.using(self.using)
 
+    @property
+    def budgets(self) -> BudgetQuerySet:
+        return Budget.objects.using(self.using)
+
     @cached_property
     def client(self) -> Client:
         return qstash_client()
@@ -206,7 +214,8 @@ class Outbox:
         """Submit what is claimed. Whether it makes sense to go on with more."""
         self.course = _Course()
         try:
-            for alike in self.in_turn(claimed):
+            reserved = self.reserve(claimed)
+            for alike in self.in_turn(reserved) if reserved else ():
                 for chunk in self.chunks(self.compose(self.settle_stale(alike))):
                     self.check_claim(claimed)
                     self.hand_in(chunk)
@@ -216,6 +225,23 @@ class Outbox:
         finally:
             self.cancel_meanwhile(claimed)
         return True
+
+    def reserve(self, claimed: Sequence[Claimed]) -> list[Claimed]:
+        """Those of ``claimed`` that their budgets have room for; the others fail, with the reason."""
+        conf = app_settings()
+        named = [
+            # What ``prepare`` will fill in.
+            row._replace(
+                provider=row.provider or conf.default_provider,
+                model=row.model or conf.default_model,
+            )
+            for row in claimed
+        ]
+        refused = self.budgets.reserve(named, now=self.clock())
+        for row in claimed:
+            if row.pk in refused:
+                self.fail(row, "budget_exceeded", str(refused[row.pk]))
+        return [row for row in claimed if row.pk not in refused]
 
     def in_turn(self, claimed: Sequence[Claimed]) -> Iterator[list[Claimed]]:
         """What was put back for its own sake goes apart and last: nobody else is to fail with it.

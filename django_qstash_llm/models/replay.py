@@ -11,9 +11,11 @@ from typing import Any
 
 from django.db import transaction
 from django.db.models import F, Q
+from django.utils import timezone
 
 from ..exceptions import IllegalState
 from .callback import CallbackResponse, Kind
+from .ledger import LedgerEntry
 from .request import UNFINISHED, LLMRequest, State
 
 UNREAD = Q(kind__in=[Kind.CALLBACK, Kind.FAILURE_CALLBACK], applied_at=None)
@@ -76,6 +78,12 @@ def would_change(llm_request: LLMRequest) -> dict[str, tuple[Any, Any]]:
 
     Raises ``IllegalState`` where that very answer is not stored whole, or cannot be read.
     """
+    return _read_anew(llm_request)[0]
+
+
+def _read_anew(
+    llm_request: LLMRequest,
+) -> tuple[dict[str, tuple[Any, Any]], LedgerEntry | None]:
     if llm_request.state in UNFINISHED:
         raise IllegalState(f"{llm_request.uuid} is {llm_request.state}: it has no answer yet.")
     answers = llm_request.callback_responses.filter(ANSWERS).order_by("pk")
@@ -88,7 +96,8 @@ def would_change(llm_request: LLMRequest) -> dict[str, tuple[Any, Any]]:
         except IllegalState as error:
             trouble = error
         else:
-            return {name: (getattr(llm_request, name), each) for name, each in changes.items()}
+            changed = {name: (getattr(llm_request, name), each) for name, each in changes.items()}
+            return changed, receipt.entry
     raise trouble
 
 
@@ -103,8 +112,10 @@ def read_anew(llm_request: LLMRequest) -> dict[str, tuple[Any, Any]]:
     rows = LLMRequest.objects.using(using)
     with transaction.atomic(using=using):
         locked = rows.select_for_update(of=("self",)).get(pk=llm_request.pk)
-        changed = would_change(locked)
+        changed, entry = _read_anew(locked)
         if changed:
             rows.filter(pk=locked.pk).update(**{name: now for name, (_, now) in changed.items()})
+            if entry is not None:
+                LedgerEntry.objects.using(using).correct(entry, now=timezone.now())
     llm_request.refresh_from_db()
     return changed

@@ -9,7 +9,7 @@ import uuid as uuids
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Self
 
@@ -45,6 +45,7 @@ from ..signals import request_completed, request_failed
 from . import inbox
 from .doorbell import Bell, ring_on_commit
 from .forgetting import changes_at_end
+from .ledger import LedgerEntry, Total
 
 if TYPE_CHECKING:
     from ..chat import AsyncStream, Stream
@@ -142,10 +143,19 @@ class LLMRequestQuerySet(models.QuerySet["LLMRequest"]):
         content_type = ContentType.objects.db_manager(self.db).get_for_model(instance)
         return self.filter(content_type=content_type, object_id=str(instance.pk))
 
+    def total(self) -> Total:
+        """What was spent on these, of it what was useful, and how much of it is unpriced: the sum over
+        their entries in the ledger, answers that came to nothing included."""
+        return LedgerEntry.objects.using(self.db).of(self).total()
+
     def cost(self) -> Decimal | None:
-        """USD spent on what is priced here; None when nothing is. See ``unpriced``."""
-        total: Decimal | None = self.aggregate(total=models.Sum("cost"))["total"]
-        return total
+        """USD spent on what is priced here; None when nothing is. See ``total`` and ``unpriced``."""
+        return self.total().cost
+
+    def by_day(self) -> list[tuple[date, Total]]:
+        """The same for each day on which one of these was answered, in the site's time zone. Of very
+        many ``Spend.objects.report("day")`` answers at once."""
+        return LedgerEntry.objects.using(self.db).of(self).by_day()
 
     def unpriced_models(self) -> list[dict[str, Any]]:
         """Of what is ``unpriced`` the models, the most used first: ``provider``, ``model``,
@@ -237,7 +247,8 @@ class LLMRequestQuerySet(models.QuerySet["LLMRequest"]):
         what QStash does; ``timeout`` is for the whole answer, ``CHAT_TIMEOUT`` by default.
 
         Raises ``InvalidRequest`` that names the argument, ``ConfigurationError``, and ``ChatFailed``
-        when no whole answer came, which the row then says as well.
+        when no whole answer came, which the row then says as well. ``BudgetExceeded`` where a budget
+        has no room for it; then there is no row.
         """
         # A stair that goes up: who is asked knows rows, and rows how to ask.
         from .. import chat
@@ -791,9 +802,14 @@ class LLMRequest(OverTheWire, models.Model):
     def take_late_cost(self, cost: Cost) -> bool:
         """Whether it had none and takes this one."""
         late = {"cost": cost.amount, "cost_source": cost.source, "cost_basis": cost.basis}
-        rows = type(self).objects.using(self._state.db).filter(_IS_UNPRICED, pk=self.pk)
-        if not rows.update(**late):
-            return False
+        using = self._state.db
+        rows = type(self).objects.using(using).filter(_IS_UNPRICED, pk=self.pk)
+        with transaction.atomic(using=using):
+            if not rows.update(**late):
+                return False
+            is_useful = self.state == State.COMPLETED
+            entries = LedgerEntry.objects.using(using)
+            entries.price(self.uuid, cost, is_useful=is_useful, now=timezone.now())
         self._take_over(late)
         return True
 
@@ -804,24 +820,43 @@ class LLMRequest(OverTheWire, models.Model):
 
         From its deadline on the sweep takes it for abandoned: who called has died over it.
         """
+        from .budget import Budget  # a stair that goes up: who is held for knows what is held
+
         self.state, self.submitted_at, self.attempts = State.SUBMITTED, now, 1
         self.deadline_at = now + timedelta(seconds=seconds + ABANDONED_AFTER)
         using = self._state.db or router.db_for_write(type(self))
-        inbox.insert(self, using=using)
+        budgets = Budget.objects.using(using)
+        if not budgets.over_request(self).exists():
+            inbox.insert(self, using=using)
+            return
+        with transaction.atomic(using=using):
+            inbox.insert(self, using=using)
+            if refused := budgets.reserve([self], now=now):
+                raise refused[self.pk]
 
-    def end(self, decide: Callable[[LLMRequest], Changes]) -> None:
+    def end(
+        self,
+        decide: Callable[[LLMRequest], Changes],
+        bill: Callable[[LLMRequest, Changes], LedgerEntry | None],
+    ) -> None:
         """Write what ``decide`` makes of this row, which who began it has known since: where it is
-        not as it was, cancelled say, decided anew over what it is."""
+        not as it was, cancelled say, decided anew over what it is. With it what ``bill`` enters into
+        the ledger of these changes."""
         changes = decide(self)
         using = self._state.db or "default"
-        if inbox.update_in(self, State.SUBMITTED, self.needed(changes), using=using):
+        needed, entry = self.needed(changes), bill(self, changes)
+        if inbox.update_in(self, State.SUBMITTED, needed, entry, using=using):
             self.become(changes)
             return
-        rows = type(self).objects.using(using)
+        rows, entries = type(self).objects.using(using), LedgerEntry.objects.using(using)
         with transaction.atomic(using=using):
             row = rows.lock(self.uuid)
-            if row is not None and (changes := decide(row)):
+            changes = decide(row) if row is not None else {}
+            if row is not None and changes:
                 row.write(changes)
+            # Of a row that somebody has deleted as well: it was paid for.
+            if entry := bill(row or self, changes):
+                entries.correct(entry, now=timezone.now())
         if row is not None:
             self.refresh_from_db()
 
@@ -1063,6 +1098,7 @@ class LLMRequest(OverTheWire, models.Model):
         error that ``is_ambiguous`` it stays submitted: QStash may be at it, so it must not be
         asked again before its deadline has found out. Until QStash has said yes it keeps its dead
         letter's id: should it turn out that nothing came of it, it can be retried from there.
+        ``BudgetExceeded`` where a budget has no room for it; it stays failed.
         """
         client, now = qstash_client(), now or timezone.now()
         former = self._leave_dead_letter(now)
@@ -1097,6 +1133,8 @@ class LLMRequest(OverTheWire, models.Model):
     def _leave_dead_letter(self, now: datetime) -> Changes:
         """``failed -> submitted``, before QStash is told; answers what the row was."""
         rows = type(self).objects.using(self._state.db)
+        from .budget import Budget  # a stair that goes up, as in begin
+
         with transaction.atomic(using=self._state.db):
             # Locked: two clicks on a button are one wish.
             row = rows.select_for_update(of=("self",)).get(pk=self.pk)
@@ -1122,6 +1160,8 @@ class LLMRequest(OverTheWire, models.Model):
             }
             former = {name: getattr(row, name) for name in (*changes, "dead_letter_id")}
             rows.filter(pk=self.pk).update(**changes)
+            if refused := Budget.objects.using(rows.db).reserve([row], now=now):
+                raise refused[row.pk]
         self._take_over(changes)
         return former
 
@@ -1272,6 +1312,11 @@ _WHAT_DECIDES = (
     "deadline_at",
     "finished_at",
     "conversation",
+    "tenant",
+    "user",
+    "labels",
+    "content_type",
+    "api_key",
 )
 """What the verbs of a locked row look at."""
 _ASKABLE = (

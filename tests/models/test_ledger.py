@@ -1,0 +1,354 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
+from typing import Any
+
+import httpx
+import pytest
+from django.db import connection, transaction
+
+from django_qstash_llm.completions import Usage
+from django_qstash_llm.exceptions import ChatFailed
+from django_qstash_llm.models import CallbackResponse, LedgerEntry, LLMRequest, Spend
+from django_qstash_llm.models.ledger import Total
+from django_qstash_llm.models.money import USDField
+from django_qstash_llm.models.replay import read_anew
+from django_qstash_llm.models.settlement import settle
+from django_qstash_llm.pricing import Cost
+from django_qstash_llm.qstash import Callback
+from testproject.articles.models import Article
+from tests.conftest import ANSWER
+from tests.wire import FakeQStash, Wire
+
+pytestmark = pytest.mark.django_db
+
+Post = Callable[..., Any]
+MESSAGES = [{"role": "user", "content": "How many roads?"}]
+PRICE = {"openai/gpt-5.4-mini": {"input": "1", "output": "10"}}
+# 9 input tokens at $1 and 3 output tokens at $10 per million.
+COST = Decimal("0.000039")
+
+
+@pytest.fixture(autouse=True)
+def priced(settings: Any) -> None:
+    settings.QSTASH_LLM = settings.QSTASH_LLM | {"PRICES": PRICE}
+
+
+def ask(**asked: Any) -> LLMRequest:
+    return LLMRequest.objects.publish(MESSAGES, **asked)
+
+
+def told(**changes: Any) -> Callback:
+    given: dict[str, Any] = {
+        "status": 200,
+        "body": json.dumps(ANSWER).encode(),
+        "source_message_id": "msg_1",
+        "max_retries": 3,
+    }
+    return Callback(**(given | changes))
+
+
+def entries() -> list[LedgerEntry]:
+    return list(LedgerEntry.objects.order_by("id"))
+
+
+# --- one entry for each answer ---
+
+
+def test_an_answer_is_entered_with_the_request_it_completes(
+    post_callback: Post, qstash: FakeQStash, django_user_model: Any
+) -> None:
+    user = django_user_model.objects.create_user("ada")
+    article = Article.objects.create(title="Roads", body="…")
+    row = ask(about=article, user=user, tenant="acme", labels=["night", "eval"])
+    assert post_callback(row, told(retried=2)).status_code == 200
+    row.refresh_from_db()
+    [entry] = entries()
+    assert (entry.uuid, entry.answer, entry.number) == (row.uuid, "msg_1.2", 0)
+    assert (entry.provider, entry.model, entry.tenant) == ("openai", "gpt-5.4-mini", "acme")
+    assert (entry.user, entry.labels) == (str(user.pk), ["night", "eval"])
+    assert entry.about_type == row.content_type_id
+    assert (entry.spent, entry.useful, entry.unpriced) == (COST, COST, 0)
+    assert (entry.input_tokens, entry.output_tokens, entry.answers) == (9, 3, 1)
+    assert (entry.at, row.cost) == (row.finished_at, COST)
+
+
+def test_the_same_callback_ten_times_is_entered_once(
+    post_callback: Post, qstash: FakeQStash
+) -> None:
+    row = ask()
+    for _ in range(10):
+        assert post_callback(row, told()).status_code == 200
+    assert len(entries()) == 1
+    assert LLMRequest.objects.cost() == COST
+
+
+def test_a_second_paid_answer_is_spent_and_not_useful(
+    post_callback: Post, qstash: FakeQStash
+) -> None:
+    row = ask()
+    post_callback(row, told())
+    post_callback(row, told(source_message_id="msg_2"))
+    row.refresh_from_db()
+    total = LLMRequest.objects.total()
+    assert (total.spent, total.useful, total.answers) == (2 * COST, COST, 2)
+    assert row.cost == COST
+    assert LLMRequest.objects.cost() == 2 * COST
+
+
+def test_an_attempt_that_failed_costs_nothing(post_callback: Post, qstash: FakeQStash) -> None:
+    row = ask()
+    post_callback(row, told(status=500, body=b'{"error": {"message": "overloaded"}}'))
+    post_callback(row, told(status=429, retried=1, body=b"{}"))
+    assert entries() == []
+    post_callback(row, told(retried=2))
+    assert LLMRequest.objects.total().spent == COST
+
+
+def test_an_answer_for_a_cancelled_request_is_paid_for_in_vain(
+    post_callback: Post, qstash: FakeQStash
+) -> None:
+    row = ask()
+    row.cancel()
+    post_callback(row, told())
+    row.refresh_from_db()
+    assert (row.state, row.cost) == ("cancelled", COST)
+    assert LLMRequest.objects.total() == Total(
+        spent=COST, answers=1, input_tokens=9, output_tokens=3
+    )
+
+
+def test_an_answer_after_the_failure_that_was_told_before_it_is_useful(
+    post_callback: Post, qstash: FakeQStash
+) -> None:
+    row = ask()
+    post_callback(row, told(status=500, body=b"", retried=3))
+    post_callback(row, told(retried=2))
+    assert LLMRequest.objects.total().useful == COST
+
+
+def test_an_unreadable_answer_that_tells_its_usage_is_spent(
+    post_callback: Post, qstash: FakeQStash
+) -> None:
+    row = ask()
+    body = {"choices": [], "usage": ANSWER["usage"]}
+    post_callback(row, told(body=json.dumps(body).encode()))
+    total = LLMRequest.objects.total()
+    assert (total.spent, total.useful) == (COST, Decimal(0))
+
+
+def test_an_answer_of_an_unknown_model_is_counted_and_in_no_sum(
+    post_callback: Post, qstash: FakeQStash
+) -> None:
+    post_callback(ask(model="nobody-knows-it"), told())
+    total = LLMRequest.objects.total()
+    assert (total.spent, total.unpriced, total.answers, total.cost) == (0, 1, 1, None)
+    assert LLMRequest.objects.cost() is None
+    post_callback(ask(), told(source_message_id="msg_2"))
+    total = LLMRequest.objects.total()
+    assert (total.cost, total.unpriced) == (COST, 1)
+
+
+def test_absurd_counts_of_tokens_fit_their_columns(post_callback: Post, qstash: FakeQStash) -> None:
+    for number in range(3):
+        usage = {"prompt_tokens": 2**62, "completion_tokens": 2**62}
+        body = json.dumps(ANSWER | {"usage": usage}).encode()
+        post_callback(ask(), told(source_message_id=f"msg_{number}", body=body))
+    assert [entry.input_tokens for entry in entries()] == [10**12] * 3
+    [(_, total)] = Spend.objects.report()
+    assert total.input_tokens == 3 * 10**12
+
+
+def test_entries_outlive_their_request(post_callback: Post, qstash: FakeQStash) -> None:
+    row = ask()
+    post_callback(row, told())
+    row.delete()
+    assert LLMRequest.objects.cost() == COST
+    assert LLMRequest.objects.filter(provider="openai").cost() is None
+
+
+@pytest.mark.django_db(transaction=True)
+def test_an_entry_is_stored_with_all_the_rest_or_not_at_all(
+    post_callback: Post, qstash: FakeQStash
+) -> None:
+    """Outside a transaction of the test's, where all is one statement or a short transaction."""
+    row = ask()
+    post_callback(row, told())
+    post_callback(row, told(source_message_id="msg_2"))
+    assert [(e.answer, e.useful) for e in entries()] == [("msg_1.0", COST), ("msg_2.0", 0)]
+
+
+# --- chats ---
+
+
+def answers(wire: Wire, body: dict[str, Any], status: int = 200) -> None:
+    wire.hosts["provider.test"] = lambda request: httpx.Response(status, json=body)
+
+
+def test_a_chat_is_entered(wire: Wire) -> None:
+    answers(wire, ANSWER)
+    row = LLMRequest.objects.chat(MESSAGES, tenant="acme")
+    [entry] = entries()
+    assert (entry.uuid, entry.answer, entry.tenant) == (row.uuid, "chat", "acme")
+    assert (entry.spent, entry.useful) == (COST, COST)
+
+
+def test_a_chat_that_the_provider_refuses_costs_nothing(wire: Wire) -> None:
+    answers(wire, {"error": {"message": "no"}}, 400)
+    with pytest.raises(ChatFailed):
+        LLMRequest.objects.chat(MESSAGES)
+    assert entries() == []
+
+
+def test_a_stream_that_is_left_is_spent_in_vain(wire: Wire) -> None:
+    lines = [
+        {"id": "c", "choices": [{"index": 0, "delta": {"content": word}}]}
+        for word in ("Forty", "-")
+    ]
+    content = b"".join(b"data: %s\n\n" % json.dumps(line).encode() for line in lines)
+    wire.hosts["provider.test"] = lambda request: httpx.Response(
+        200, content=content, headers={"Content-Type": "text/event-stream"}
+    )
+    with LLMRequest.objects.stream(MESSAGES) as stream:
+        next(iter(stream))
+    [entry] = entries()
+    row = LLMRequest.objects.get()
+    assert (row.error_code, row.cost) == ("aborted", entry.spent)
+    assert entry.spent > 0
+    assert entry.useful == 0
+
+
+# --- what becomes known later ---
+
+
+def test_a_price_that_is_found_later_is_an_entry_of_its_own(
+    post_callback: Post, qstash: FakeQStash, settings: Any
+) -> None:
+    settings.QSTASH_LLM = settings.QSTASH_LLM | {"PRICES": {}}
+    row = ask(model="new")
+    post_callback(row, told())
+    assert LLMRequest.objects.total().unpriced == 1
+    settings.QSTASH_LLM = settings.QSTASH_LLM | {
+        "PRICES": {"openai/new": PRICE["openai/gpt-5.4-mini"]}
+    }
+    row.refresh_from_db()
+    read_anew(row)
+    first, second = entries()
+    assert (first.spent, first.unpriced, first.number) == (0, 1, 0)
+    assert (second.spent, second.useful, second.unpriced, second.answers) == (COST, COST, -1, 0)
+    assert (second.day, second.at) == (first.day, first.at)
+    assert second.entered_at > first.entered_at
+    total = LLMRequest.objects.total()
+    assert (total.cost, total.unpriced, total.answers) == (COST, 0, 1)
+    read_anew(row)
+    assert len(entries()) == 2
+
+
+def test_replaying_what_is_entered_changes_no_sum(post_callback: Post, qstash: FakeQStash) -> None:
+    row = ask()
+    post_callback(row, told())
+    before = LLMRequest.objects.total()
+    [receipt] = CallbackResponse.objects.all()
+    receipt.apply_again()
+    read_anew(row)
+    assert LLMRequest.objects.total() == before
+    assert len(entries()) == 1
+
+
+def test_a_receipt_that_could_not_be_read_is_entered_when_it_can(
+    post_callback: Post, qstash: FakeQStash
+) -> None:
+    row = ask()
+    post_callback(row, told(body=b"<html>"))
+    assert entries() == []
+    CallbackResponse.objects.update(body=json.dumps(ANSWER).encode(), applied_at=None)
+    [receipt] = CallbackResponse.objects.all()
+    receipt.apply_again()
+    assert LLMRequest.objects.total().useful == COST
+
+
+def test_corrections_come_to_what_is_said_last() -> None:
+    row = LLMRequest(provider="openai", model="m", messages=MESSAGES)
+    at = datetime(2026, 3, 1, 12, tzinfo=UTC)
+    said = [(Decimal(1), True), (Decimal(3), True), (Decimal(3), False), (None, False)]
+    for cost, is_useful in said:
+        entry = LedgerEntry.of_answer(
+            row,
+            answer="chat",
+            usage=Usage(input_tokens=5),
+            cost=cost and Cost(cost, "setting"),
+            at=at,
+            is_useful=is_useful,
+        )
+        with transaction.atomic():
+            LedgerEntry.objects.correct(entry, now=at + timedelta(days=1))
+        total = LedgerEntry.objects.total()
+        spent = cost or Decimal(0)
+        assert (total.spent, total.useful) == (spent, spent if is_useful else 0)
+        assert (total.answers, total.input_tokens) == (1, 5)
+        assert total.unpriced == int(cost is None)
+
+
+# --- sums ---
+
+
+def test_sums_are_exact_where_floating_point_is_not() -> None:
+    at = datetime(2026, 3, 1, 12, tzinfo=UTC)
+    row = LLMRequest(provider="openai", model="m")
+    amounts = [Decimal("0.1"), Decimal("0.2"), Decimal("1e-12"), Decimal("123456.789012345678")]
+    for number, amount in enumerate(amounts * 50):
+        cost = Cost(amount, "setting")
+        entry = LedgerEntry.of_answer(
+            row, answer=str(number), usage=Usage(), cost=cost, at=at, is_useful=True
+        )
+        LedgerEntry.objects.correct(entry, now=at)
+    assert LedgerEntry.objects.total().spent == 50 * sum(amounts)
+    [(_, total)] = Spend.objects.report()
+    assert total.spent == 50 * sum(amounts)
+
+
+def test_money_is_found_compared_and_shown_as_it_was_given() -> None:
+    field = USDField()
+    assert field.get_prep_value(Decimal("0.000000000001")) == 1
+    assert field.get_prep_value("2.5") == 2_500_000_000_000
+    assert field.from_db_value(1, None, connection) == Decimal("0.000000000001")
+    assert field.clean("0.25", None) == Decimal("0.25")
+
+
+def test_by_day_is_in_the_time_zone_of_the_site(settings: Any) -> None:
+    settings.TIME_ZONE = "Pacific/Auckland"
+    row = LLMRequest(provider="openai", model="m")
+    for hour in (9, 13):  # in Auckland that is the 1st and the 2nd
+        entry = LedgerEntry.of_answer(
+            row,
+            answer=str(hour),
+            usage=Usage(),
+            cost=Cost(Decimal(hour), "setting"),
+            at=datetime(2026, 3, 1, hour, tzinfo=UTC),
+            is_useful=True,
+        )
+        LedgerEntry.objects.correct(entry, now=entry.at)
+    days = [(day, total.spent) for day, total in LLMRequest.objects.by_day()]
+    assert days == [(date(2026, 3, 1), 9), (date(2026, 3, 2), 13)]
+
+
+def test_what_an_object_cost(post_callback: Post, qstash: FakeQStash) -> None:
+    article, other = (Article.objects.create(title=t, body="…") for t in "ab")
+    post_callback(ask(about=article), told())
+    post_callback(ask(about=article), told(source_message_id="msg_2"))
+    post_callback(ask(about=other), told(source_message_id="msg_3"))
+    assert Spend.for_object(article).spent == 2 * COST
+    [(place, total)] = Spend.objects.report("about")
+    assert (place["about"], total.spent) == ("articles.article", 3 * COST)
+    assert LLMRequest.objects.about(other).cost() == COST
+
+
+def test_nothing_is_folded_twice(post_callback: Post, qstash: FakeQStash) -> None:
+    post_callback(ask(), told())
+    assert settle() == 1
+    assert settle() == 0
+    [(_, total)] = Spend.objects.report()
+    assert total.spent == COST
