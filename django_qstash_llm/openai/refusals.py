@@ -12,6 +12,7 @@ from django.http import Http404, HttpResponse
 from rest_framework.exceptions import APIException
 
 from ..exceptions import (
+    BudgetExceeded,
     ChatFailed,
     ConfigurationError,
     IllegalState,
@@ -24,6 +25,8 @@ from ..qstash import QStashError
 logger = logging.getLogger(__name__)
 
 JSON = "application/json"
+INSUFFICIENT_QUOTA = "insufficient_quota"
+"""Code and type of OpenAI's own refusal when money has run out."""
 _TYPES = {429: "requests", 401: "authentication_error", 403: "permission_error"}
 
 
@@ -41,6 +44,7 @@ class Refusal(Exception):
         should_retry: bool = False,
         may_be_paid: bool = False,
         body: bytes | None = None,
+        kind: str = "",
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -52,7 +56,7 @@ class Refusal(Exception):
             # Official clients try 408, 409, 429 and 5xx again by themselves unless this says no.
             "x-should-retry": "true" if should_retry and not may_be_paid else "false",
         }
-        self.body = body or error_body(status, code, message, param=param)
+        self.body = body or error_body(status, code, message, param=param, kind=kind)
         """A provider's own words, where it said any."""
 
     def to_response(self) -> HttpResponse:
@@ -69,6 +73,9 @@ def as_refusal(error: Exception) -> Refusal:
         return _of_provider(error)
     if isinstance(error, NoSuchModel):
         return no_such_model(error.name)
+    if isinstance(error, BudgetExceeded):
+        # No wait is named: official clients would take it, and a period may be a month.
+        return Refusal(429, INSUFFICIENT_QUOTA, str(error), kind=INSUFFICIENT_QUOTA)
     if isinstance(error, InvalidRequest):
         field = error.field or None
         message = f"Invalid {f'value for {field!r}' if field else 'body'}: {error.problem}."
@@ -157,8 +164,11 @@ def passed_on(headers: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def error_body(status: int, code: str | None, message: str, *, param: str | None = None) -> bytes:
-    kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+def error_body(
+    status: int, code: str | None, message: str, *, param: str | None = None, kind: str = ""
+) -> bytes:
+    usual = "server_error" if status >= 500 else "invalid_request_error"
+    kind = kind or _TYPES.get(status, usual)
     error = {"message": message, "type": kind, "param": param, "code": code}
     # Escaped: a refusal may repeat half a surrogate pair, which no other text can.
     return json.dumps({"error": error}, separators=(",", ":")).encode()

@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from decimal import Decimal
 from typing import Any
 
 import httpx
@@ -14,7 +15,7 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from django_qstash_llm.models import ApiKey, LLMRequest
+from django_qstash_llm.models import ApiKey, Budget, KeptAnswer, LLMRequest
 from django_qstash_llm.qstash import Callback
 from tests.conftest import ANSWER
 from tests.test_readme import example
@@ -377,3 +378,33 @@ def test_what_waits_in_the_background_can_be_cancelled(
     assert qstash.cancelled == ["msg_1"]
     with pytest.raises(openai.ConflictError):
         ai.with_options(max_retries=0).post(path, cast_to=object)
+
+
+# --- budgets -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_streamed", [False, True], ids=["whole", "streamed"])
+def test_a_spent_budget_is_an_insufficient_quota_and_stores_nothing(
+    ai: openai.OpenAI, wire: Wire, settings: Any, is_streamed: bool
+) -> None:
+    settings.QSTASH_LLM = settings.QSTASH_LLM | {
+        "PRICES": {"openai/gpt-5.4-mini": {"input": "1", "output": "10"}}
+    }
+    Budget.objects.create(name="house", amount=Decimal("0.000001"))
+    answers(wire)
+    with pytest.raises(openai.RateLimitError) as refused:
+        ai.chat.completions.create(
+            model="gpt-5.4-mini",
+            messages=ASK,
+            max_completion_tokens=10,
+            stream=is_streamed,
+            extra_headers={"Idempotency-Key": "k-1"},
+        )
+    error = refused.value
+    assert (error.status_code, error.code, error.type) == (429,) + ("insufficient_quota",) * 2
+    assert error.response.headers["x-should-retry"] == "false"
+    assert "“house” ($0.000001 a month) has $0.000001 left" in error.message
+    assert "It renews at" in error.message
+    assert wire.to(PROVIDER) == []  # the client has not tried again either
+    assert not LLMRequest.objects.exists()
+    assert not KeptAnswer.objects.exists()
