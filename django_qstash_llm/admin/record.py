@@ -16,6 +16,7 @@ from django.http import HttpRequest, HttpResponse
 from django.urls import reverse
 
 from ..models import LLMRequest
+from ..paging import LongListPaginator
 
 if TYPE_CHECKING:
     from django.utils.functional import _StrOrPromise
@@ -38,6 +39,7 @@ class Tool:
 
 class RecordList(ChangeList):
     model_admin: RecordAdmin
+    is_exact = True
 
     def get_queryset(self, request: HttpRequest, exclude_parameters: Any = None) -> QuerySet[Any]:
         rows = super().get_queryset(request, exclude_parameters)
@@ -45,6 +47,7 @@ class RecordList(ChangeList):
 
     def get_results(self, request: HttpRequest) -> None:
         super().get_results(request)
+        self.is_exact = getattr(self.paginator, "is_exact", True)
         rows = list(self.result_list)
         self.model_admin.complete_page(request, rows)
         self.result_list = rows
@@ -57,6 +60,8 @@ class RecordAdmin(_ModelAdmin):
     """Not read for the list."""
     ordering = ("-id",)
     show_full_result_count = False
+    show_facets = admin.ShowFacets.NEVER
+    paginator = LongListPaginator
     list_per_page = 50
     # Only the primary key has an index in the order of the list.
     sortable_by = ()

@@ -6,17 +6,9 @@ from typing import Any
 
 from django.db.models import IntegerField, OuterRef, QuerySet, Subquery
 
+from ..paging import MOST as MOST
+from ..paging import capped as capped
 from .models import FlowControlKey, Gate, Message, Queue
-
-MOST = 10_000
-
-
-def capped(rows: QuerySet[Any], most: int = MOST) -> int:
-    """How many there are; ``most`` + 1 for more than that.
-
-    An order makes a planner without fresh statistics take its index.
-    """
-    return rows.values("pk")[: most + 1].count()
 
 
 def in_words(count: int, most: int = MOST) -> str:

@@ -20,11 +20,11 @@ from django.utils.translation import gettext_lazy as _
 from django.utils.translation import ngettext
 
 from ...limits import Trouble
+from ...paging import LongListPaginator
 from ..models import Gate
 from ..overview import DEFAULT
 from ..waiting import at
 from .filters import AccountFilter, are_several_accounts
-from .paging import LongListPaginator
 
 if TYPE_CHECKING:
     from django.utils.functional import _StrOrPromise

@@ -1,4 +1,4 @@
-"""Pages of lists that grow without end: nothing is counted beyond ``counting.MOST``."""
+"""Lists that grow without end: nothing is counted beyond ``MOST``, and a page costs what it costs."""
 
 from __future__ import annotations
 
@@ -9,25 +9,33 @@ from django.core.paginator import Paginator
 from django.db import connections
 from django.db.models import QuerySet
 
-from .. import counting
-
 if TYPE_CHECKING:
     # At run time Paginator takes no subscript.
     _Paginator = Paginator[Any]
 else:
     _Paginator = Paginator
 
+MOST = 10_000
+
+
+def capped(rows: QuerySet[Any], most: int = MOST) -> int:
+    """How many there are; ``most`` + 1 for more than that.
+
+    An order makes a planner without fresh statistics take its index.
+    """
+    return rows.values("pk")[: most + 1].count()
+
 
 class LongListPaginator(_Paginator):
-    """Of a filtered list the count ends at ``counting.MOST``; of a whole table it is estimated
-    from there on."""
+    """Of a filtered list the count ends at ``MOST``; of a whole table it is estimated from there
+    on."""
 
     object_list: QuerySet[Any]
 
     @cached_property
     def count(self) -> int:
-        count = counting.capped(self.object_list.order_by())
-        if count <= counting.MOST or not self.is_whole_table:
+        count = capped(self.object_list.order_by())
+        if count <= MOST or not self.is_whole_table:
             return count
         return max(count, estimated_rows(self.object_list))
 
@@ -38,7 +46,7 @@ class LongListPaginator(_Paginator):
 
     @property
     def is_exact(self) -> bool:
-        return self.count <= counting.MOST
+        return self.count <= MOST
 
 
 def estimated_rows(rows: QuerySet[Any]) -> int:
