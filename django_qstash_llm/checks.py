@@ -63,6 +63,7 @@ def check_settings(app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> li
         *_check_providers(in_force),
         *_check_prices(in_force),
         *_check_hosted(in_force),
+        *_check_money(in_force),
         *_check_keeping(in_force),
         *_check_pacing(in_force),
         *_check_health_token(in_force),
@@ -82,6 +83,21 @@ def _check_prices(in_force: conf.AppSettings) -> list[CheckMessage]:
         if not is_count(cap) or not cap:
             problem = f"QSTASH_LLM['OUTPUT_CAP'][{name!r}] is {cap!r}."
             problems.append(Error(problem, hint="Give tokens, more than 0.", id=f"{ID}.E007"))
+    return problems
+
+
+def _check_money(in_force: conf.AppSettings) -> list[CheckMessage]:
+    problems: list[CheckMessage] = []
+    try:
+        in_force.check_tenant()
+    except ConfigurationError as error:
+        hint = "Until then no request that names no tenant is taken."
+        problems.append(Error(str(error), hint=hint, id=f"{ID}.E012"))
+    try:
+        in_force.message_price  # noqa: B018 - it says what is wrong with it
+    except ConfigurationError as error:
+        hint = "Until then it is not known what QStash's messages cost."
+        problems.append(Error(str(error), hint=hint, id=f"{ID}.E007"))
     return problems
 
 

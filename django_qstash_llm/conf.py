@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -143,6 +144,12 @@ class AppSettings:
     """A batch of more requests fails; OpenAI takes as many."""
     budgets_allow_unpriced: bool = False
     """Whether a budget that refuses lets pass what it has no price for. It then counts as nothing."""
+    tenant: Any = ""
+    """A function of an unsaved request, or the dotted path to one: the tenant of a request that names
+    none. It may answer ``""`` or None."""
+    qstash_message_price: str = "0.00001"
+    """USD that QStash asks for a message: 1 USD for 100,000 is Upstash's pay-as-you-go. Empty is
+    unknown, "0" is what your own server asks."""
     transport: Any = field(default=None, repr=False)
     """An httpx transport, or the dotted path to one, for the way to QStash."""
     chat_transport: Any = field(default=None, repr=False)
@@ -313,6 +320,56 @@ class AppSettings:
                 f"QSTASH_LLM['PAUSE_FROM'] is {self.pause_from}; give more than 0 seconds, or leave "
                 "'rate' and 'daily' out of PAUSE_ON."
             )
+
+    @property
+    def message_price(self) -> Decimal | None:
+        """USD for a message of QStash's; None where it is unknown. Raises ``ConfigurationError``."""
+        given = self.qstash_message_price
+        if given == "":
+            return None
+        try:
+            price = Decimal(given)
+        except (InvalidOperation, TypeError, ValueError):
+            price = Decimal("NaN")
+        if not price.is_finite() or price < 0:
+            raise ConfigurationError(
+                f"QSTASH_LLM['QSTASH_MESSAGE_PRICE'] is {given!r}; give USD per message as a text, as "
+                "in '0.00001', or '' where it is not known."
+            )
+        return price
+
+    def check_tenant(self) -> None:
+        """Raise ``ConfigurationError`` unless ``TENANT`` is a function, or names one."""
+        if self.tenant and not callable(named("TENANT", self.tenant)):
+            raise ConfigurationError(
+                f"QSTASH_LLM['TENANT'] is {self.tenant!r}; give a function of an LLMRequest that "
+                "answers its tenant, or the dotted path to one."
+            )
+
+    def tenant_of(self, llm_request: Any) -> str:
+        """What ``TENANT`` says of ``llm_request``. Raises ``ConfigurationError``, also where the
+        function fails: asked without its tenant, a request would pass by the tenant's budget."""
+        if not self.tenant:
+            return ""
+        self.check_tenant()
+        tenant_of = named("TENANT", self.tenant)
+        name = getattr(tenant_of, "__qualname__", repr(tenant_of))
+        try:
+            tenant = tenant_of(llm_request)
+        # Whatever the site's own function raises.
+        except Exception as error:
+            raise ConfigurationError(
+                f"QSTASH_LLM['TENANT'], {name}, raised {type(error).__name__} when it was asked for the "
+                "tenant of a request."
+            ) from error
+        if tenant is None:
+            return ""
+        if not isinstance(tenant, str) or len(tenant) > 255:
+            raise ConfigurationError(
+                f"QSTASH_LLM['TENANT'], {name}, answered a {type(tenant).__name__}; give a text of at "
+                "most 255 characters, or None for no tenant."
+            )
+        return tenant
 
     def check_history(self) -> None:
         """Raise ``ConfigurationError`` unless it is clear what a conversation repeats."""

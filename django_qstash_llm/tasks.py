@@ -19,6 +19,7 @@ from .models.budget import Alert
 from .models.cancellation import Cancellations
 from .models.doorbell import Bell
 from .models.intake import Intake
+from .models.message_count import count_messages
 from .models.outbox import Outbox
 from .models.purge import Purge
 from .models.reconciler import Reconciler
@@ -159,6 +160,7 @@ def sweep(using: str = "") -> None:
     if _is_anything_unannounced(using):
         ring(Bell.ANNOUNCE, using)
     settle(using)
+    count_messages(using)
     if Alert.objects.using(using).untold().exists():
         ring(Bell.ALERT, using)
     KeptAnswer.objects.using(using).expired(timezone.now()).delete()

@@ -117,7 +117,7 @@ def test_sweep_with_nothing_to_do_rings_nothing(
     bulk(2, state="failed", announce_tries=5)
     bulk(2, state="submitted", deadline_at=timezone.now() + timedelta(hours=1))
     unread(apply_after=timezone.now() + timedelta(hours=1))
-    with django_assert_max_num_queries(11):
+    with django_assert_max_num_queries(15):
         tasks.sweep()
     assert rung == []
 

@@ -11,6 +11,7 @@ from .file import File, FilePart
 from .kept_answer import KeptAnswer
 from .lane import Lane
 from .ledger import LedgerEntry
+from .message_count import MessageCount
 from .price import Price
 from .request import LLMRequest
 from .spend import Spend
@@ -29,6 +30,7 @@ __all__ = [
     "LLMRequest",
     "Lane",
     "LedgerEntry",
+    "MessageCount",
     "Price",
     "Spend",
 ]

@@ -47,13 +47,11 @@ class BatchQuerySet(models.QuerySet["Batch"]):
         if not isinstance(items, list | tuple) or not items:
             raise InvalidRequest("items", "give a list of at least one dictionary")
         check_saved("user", user, self.model)
-        llm_requests = [_compose(index, item, shared) for index, item in enumerate(items)]
+        llm_requests = [_compose(index, item, shared, user) for index, item in enumerate(items)]
         with transaction.atomic(using=self.db):
             batch = self.create(name=name, user=user)
             for llm_request in llm_requests:
                 llm_request.batch = batch
-                if llm_request.user_id is None:
-                    llm_request.user_id = batch.user_id
             LLMRequest.objects.using(self.db).bulk_create(llm_requests, batch_size=ROWS_AT_ONCE)
             ring_on_commit(Bell.SUBMIT, self.db)
         return batch
@@ -73,7 +71,7 @@ class BatchQuerySet(models.QuerySet["Batch"]):
         return await sync_to_async(self.submit)(items, name=name, user=user, **shared)
 
 
-def _compose(index: int, item: Any, shared: Mapping[str, Any]) -> LLMRequest:
+def _compose(index: int, item: Any, shared: Mapping[str, Any], user: Any = None) -> LLMRequest:
     if not isinstance(item, Mapping) or not all(isinstance(name, str) for name in item):
         raise InvalidRequest(f"items[{index}]", "not a dictionary of publish's arguments")
     asked = {**shared, **item}
@@ -82,6 +80,8 @@ def _compose(index: int, item: Any, shared: Mapping[str, Any]) -> LLMRequest:
     try:
         refuse_via(asked)
         llm_request = LLMRequest.compose(**asked, via=Via.BATCH)
+        if llm_request.user_id is None:
+            llm_request.user = user
         llm_request.prepare()
     except InvalidRequest as error:
         raise InvalidRequest(f"items[{index}].{error.field}", error.problem) from error

@@ -10,6 +10,7 @@ import logging
 import random
 import uuid as uuids
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import cached_property
@@ -234,6 +235,7 @@ class Outbox:
             row._replace(
                 provider=row.provider or conf.default_provider,
                 model=row.model or conf.default_model,
+                tenant=row.tenant or self.tenant_of(row),
             )
             for row in claimed
         ]
@@ -242,6 +244,14 @@ class Outbox:
             if row.pk in refused:
                 self.fail(row, "budget_exceeded", str(refused[row.pk]))
         return [row for row in claimed if row.pk not in refused]
+
+    def tenant_of(self, claimed: Claimed) -> str:
+        """Of a row that ``save`` has not prepared. What is wrong with it is said when it is composed."""
+        if not app_settings().tenant or (claimed.provider and claimed.model):
+            return ""
+        with suppress(ConfigurationError):
+            return app_settings().tenant_of(self.rows.get(pk=claimed.pk))
+        return ""
 
     def in_turn(self, claimed: Sequence[Claimed]) -> Iterator[list[Claimed]]:
         """What was put back for its own sake goes apart and last: nobody else is to fail with it.
@@ -376,7 +386,10 @@ class Outbox:
 
     def prepare(self, claimed: Claimed) -> Claimed:
         """What ``save`` does. ``bulk_create`` and fixtures go round it."""
-        filled_in = ("provider", "model", "messages", "parameters", "labels", "retries", "timeout")
+        filled_in = (
+            *("provider", "model", "messages", "parameters", "labels", "retries", "timeout"),
+            "tenant",
+        )
         llm_request = self.rows.get(pk=claimed.pk)
         llm_request.prepare()
         llm_request.save(using=self.using, update_fields=filled_in)

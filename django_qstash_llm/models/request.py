@@ -668,6 +668,8 @@ class LLMRequest(OverTheWire, models.Model):
         _check_parameters(self.parameters)
         self.messages = clean_json(self.messages)
         self.parameters = clean_json(self.parameters)
+        if self.tenant == "":
+            self.tenant = conf.tenant_of(self)
         self._check_belongings()
         self._check_delivery()
         if not isinstance(self.provider, str):

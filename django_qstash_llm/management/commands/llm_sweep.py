@@ -7,13 +7,15 @@ from django.core.management.base import BaseCommand, CommandError
 from django.db import router
 from django.utils import timezone
 
-from ... import triggers
+from ... import alerting, triggers
 from ...exceptions import ConfigurationError
 from ...models import CallbackResponse, Lane, LLMRequest
 from ...models.cancellation import Cancellations
 from ...models.intake import Intake
+from ...models.message_count import count_messages
 from ...models.outbox import Outbox
 from ...models.reconciler import Reconciler
+from ...models.settlement import settle
 
 
 class Command(BaseCommand):
@@ -56,6 +58,9 @@ class Command(BaseCommand):
             pass
         while told := triggers.announce(database):
             announced += told
+        settle(database)
+        alerting.alert(database)
+        count_messages(database)
         waiting = outbox.rows.pending().count()
         self.stdout.write(
             f"{outbox.submitted} submitted, {announced} announced, {waiting} still pending."
