@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from django.urls import path
 
-from .views import attempts, callback, health, llm_request, ping
+from .views import attempts, budgets, callback, health, llm_request, ping, spend
 
 app_name = "django_qstash_llm"
 urlpatterns = [
@@ -16,4 +16,6 @@ urlpatterns = [
     path("health/", health, name="health"),
     path("requests/<uuid:uuid>/", llm_request, name="request"),
     path("requests/<uuid:uuid>/attempts/", attempts, name="attempts"),
+    path("spend/", spend, name="spend"),
+    path("budgets/", budgets, name="budgets"),
 ]

@@ -471,7 +471,9 @@ class Budget(models.Model):
                 ]
             )
             held = self.reservations.aggregate(total=Sum("amount"))["total"]
-            self.reserved, self.counted_as = held or Decimal(0), self._counts_as
+            self.reserved = held or Decimal(0)
+            # One that is paused is counted once more when it is active again.
+            self.counted_as = self._counts_as if self.is_active else ""
             type(self).objects.using(using).filter(pk=self.pk).update(
                 reserved=self.reserved, counted_as=self.counted_as
             )

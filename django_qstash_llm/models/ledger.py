@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 from django.contrib.contenttypes.models import ContentType
 from django.db import models
-from django.db.models import Q, Sum
-from django.utils import timezone
+from django.db.models import OuterRef, Q, Subquery, Sum
+from django.utils import formats, timezone
+from django.utils.translation import gettext
 from django.utils.translation import gettext_lazy as _
 
 from ..completions import Usage
-from . import inbox
+from . import inbox, money
 from .money import USDField
 
 if TYPE_CHECKING:
@@ -67,6 +68,24 @@ class Total:
         """USD; None where nothing of it is priced."""
         return self.spent if self.answers > self.unpriced else None
 
+    @property
+    def in_words(self) -> str:
+        """``$0.0123``, ``unpriced``, ``$0.0123 + 2 unpriced``; a dash where nothing was answered."""
+        if not self.answers:
+            return "–"
+        if self.cost is None:
+            return str(_("unpriced"))
+        spent = money.in_words(self.spent)
+        return f"{spent} {self.unpriced_in_words}" if self.unpriced else spent
+
+    @property
+    def unpriced_in_words(self) -> str:
+        """``+ 2 unpriced``; empty where all is priced."""
+        if not self.unpriced:
+            return ""
+        number = formats.number_format(self.unpriced, force_grouping=True)
+        return gettext("+ %(number)s unpriced") % {"number": number}
+
     def __add__(self, other: Total) -> Total:
         return Total(**{name: getattr(self, name) + getattr(other, name) for name in SUMMED})
 
@@ -98,6 +117,21 @@ class LedgerEntryQuerySet(models.QuerySet["LedgerEntry"]):
     def total(self) -> Total:
         found = self.aggregate(**{f"total_{name}": Sum(name) for name in SUMMED})
         return total_of([found[f"total_{name}"] for name in SUMMED])
+
+    def by_column(self, llm_requests: LLMRequestQuerySet, column: str) -> dict[Any, Total]:
+        """What ``llm_requests`` came to, by the value of a column of theirs, in one query. A value of
+        which nothing was answered is left out."""
+        sums = {f"total_{name}": Sum(name) for name in SUMMED}
+        requests = llm_requests.model._base_manager.using(self.db)
+        of_column = Subquery(requests.filter(uuid=OuterRef("uuid")).values(column)[:1])
+        rows = (
+            self.filter(uuid__in=llm_requests.order_by().values("uuid"))
+            .annotate(of_column=of_column)
+            .order_by()
+            .values_list("of_column")
+            .annotate(**sums)
+        )
+        return {value: total_of(figures) for value, *figures in rows}
 
     def by_day(self) -> list[tuple[date, Total]]:
         """Day, in the site's time zone, and what it came to; days without an answer are left out."""

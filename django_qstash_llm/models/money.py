@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from django import forms
 from django.core.exceptions import ValidationError
 from django.db import models
+from django.utils import formats
 from django.utils.translation import gettext_lazy as _
 
 if TYPE_CHECKING:
@@ -60,6 +61,18 @@ class USDField(Whole):
         return models.Field.formfield(
             self, **{"form_class": forms.DecimalField, "max_value": MOST, **kwargs}
         )
+
+
+def in_words(amount: Decimal, *, decimals: int = 6) -> str:
+    """``$0.0123``, as the active language writes numbers."""
+    smallest = Decimal(1).scaleb(-decimals)
+    if 0 < amount < smallest:
+        return f"< ${formats.number_format(smallest, decimal_pos=decimals)}"
+    amount = amount.quantize(smallest)  # formatting cuts, and does not round
+    # A whole cent is the least that money is written in, and the zeros after it say nothing.
+    shown = max(2, -int(amount.normalize().as_tuple().exponent))
+    number = formats.number_format(abs(amount), decimal_pos=shown, force_grouping=True)
+    return f"−${number}" if amount < 0 else f"${number}"
 
 
 def units(amount: Decimal) -> int:

@@ -20,7 +20,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any, Self
 
 from django.conf import settings
-from django.db import IntegrityError, connections, models, router, transaction
+from django.db import IntegrityError, InterfaceError, OperationalError, connections, models, router, transaction
 from django.db.models import Count, F, Max, Q
 from django.db.models.signals import post_migrate
 from django.utils import timezone
@@ -304,12 +304,25 @@ def known_prices(at: datetime) -> PriceList:
     known = _known.get(using)
     if known is None or not known.is_good_for(_aware(at)):
         asked_at, asked_on = datetime.now(UTC), time.monotonic()
-        rows = Price.objects.using(using)
-        # A change opens a price or closes one; one that is withdrawn is one less.
-        version = tuple(rows.aggregate(Max("id"), Count("id"), Count("until")).values())
+        version = _version(using)
         prices = known.prices if known and known.version == version else _read(using)
         _known[using] = known = _Known(prices, version, asked_at, asked_on)
     return known.prices
+
+
+def _version(using: str) -> tuple[Any, ...]:
+    """Other, when there are others. On a new connection where the one there was has gone stale: who
+    prices a chat has not used it for as long as the model thought."""
+    connection = connections[using]
+    # A change opens a price or closes one; one that is withdrawn is one less.
+    counts = Max("id"), Count("id"), Count("until")
+    try:
+        return tuple(Price.objects.using(using).aggregate(*counts).values())
+    except (InterfaceError, OperationalError):
+        if connection.in_atomic_block or connection.is_usable():
+            raise
+        connection.close()
+        return tuple(Price.objects.using(using).aggregate(*counts).values())
 
 
 def _read(using: str) -> PriceList:

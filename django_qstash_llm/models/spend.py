@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
 from typing import Any, NamedTuple
 
+from django.contrib.contenttypes.models import ContentType
 from django.db import connections, models, transaction
 from django.db.models import Sum
 from django.utils.translation import gettext_lazy as _
@@ -50,6 +51,15 @@ class Key(NamedTuple):
     month: date
     provider: str
     model: str
+
+
+class Difference(NamedTuple):
+    """A row that is not what the ledger says. Figures are those of ``SUMMED``."""
+
+    key: Key
+    found: list[Any] | None
+    """None where there is no such row."""
+    expected: list[Any]
 
 
 def places_of(entry: Mapping[str, Any], using: str) -> set[tuple[str, str]]:
@@ -142,7 +152,7 @@ class SpendQuerySet(models.QuerySet["Spend"]):
         """
         from .settlement import settle  # it knows what is added up here
 
-        dimension = _dimension(by, place)
+        dimension = self.check_report(*by, **place)
         self._for_write = True
         settle(self.db)
         rows = self.filter(dimension=dimension)
@@ -164,44 +174,70 @@ class SpendQuerySet(models.QuerySet["Spend"]):
             for row in grouped
         ]
 
+    def check_report(self, *by: str, **place: str) -> str:
+        """Raise ``InvalidRequest`` unless ``report`` can answer that. Answers in what ``Dimension``."""
+        return _dimension(by, place)
+
     def rebuild(self, on_progress: Callable[[int], None] = lambda done: None) -> int:
         """Add the whole ledger up anew, in one transaction; how many entries that were.
 
         Nobody sees it half done. What is answered meanwhile is added when this is over.
         """
         self._for_write = True
-        connection = connections[self.db]
-        sums: dict[Key, list[Any]] = {}
-        done = 0
         with transaction.atomic(using=self.db):
-            if connection.vendor == "postgresql":
-                with connection.cursor() as cursor:
-                    table = connection.ops.quote_name(self.model._meta.db_table)
-                    cursor.execute(f"LOCK TABLE {table} IN SHARE ROW EXCLUSIVE MODE")
+            self._lock()
             self.all().delete()
-            # Read after the lock is held: what somebody else is adding right now is not folded yet.
-            folded = LedgerEntry.objects.using(self.db).filter(is_folded=True).order_by("pk")
-            last = 0
-            while True:
-                piece = list(
-                    folded.filter(pk__gt=last).values("pk", *ENTRY_FIELDS)[:ENTRIES_AT_ONCE]
-                )
-                if not piece:
-                    break
-                last = piece[-1]["pk"]
-                for key, figures in added_up(piece, self.db).items():
-                    known = sums.get(key)
-                    sums[key] = (
-                        figures
-                        if known is None
-                        else [a + b for a, b in zip(known, figures, strict=True)]
-                    )
-                done += len(piece)
-                on_progress(done)
+            sums, done = self._ledger_added_up(on_progress)
             rows = sorted(sums.items())
             for first in range(0, len(rows), ROWS_AT_ONCE):
                 self._add(rows[first : first + ROWS_AT_ONCE])
         return done
+
+    def differences(
+        self, on_progress: Callable[[int], None] = lambda done: None
+    ) -> list[Difference]:
+        """Where the rows are not what the ledger, as far as it is settled, adds up to. None of them
+        unless somebody has meddled. Settling waits meanwhile."""
+        self._for_write = True
+        with transaction.atomic(using=self.db):
+            self._lock()
+            sums, _done = self._ledger_added_up(on_progress)
+            found = []
+            rows = self.order_by().values_list(*Key._fields, *SUMMED)
+            for row in rows.iterator(chunk_size=ENTRIES_AT_ONCE):
+                key, figures = Key(*row[: len(Key._fields)]), list(row[len(Key._fields) :])
+                expected = sums.pop(key, _NOTHING)
+                if figures != expected:
+                    found.append(Difference(key, figures, expected))
+            found += [Difference(key, None, e) for key, e in sums.items() if e != _NOTHING]
+        return sorted(found, key=lambda difference: difference.key)
+
+    def _lock(self) -> None:
+        """Until the transaction ends nothing is added. (SQLite has one writer anyway.)"""
+        connection = connections[self.db]
+        if connection.vendor == "postgresql":
+            with connection.cursor() as cursor:
+                table = connection.ops.quote_name(self.model._meta.db_table)
+                cursor.execute(f"LOCK TABLE {table} IN SHARE ROW EXCLUSIVE MODE")
+
+    def _ledger_added_up(
+        self, on_progress: Callable[[int], None]
+    ) -> tuple[dict[Key, list[Any]], int]:
+        """What all that is folded comes to, and how many entries that are. Read while the lock is held:
+        what somebody else is adding right now is not folded yet."""
+        sums: dict[Key, list[Any]] = {}
+        done = last = 0
+        folded = LedgerEntry.objects.using(self.db).filter(is_folded=True).order_by("pk")
+        while piece := list(
+            folded.filter(pk__gt=last).values("pk", *ENTRY_FIELDS)[:ENTRIES_AT_ONCE]
+        ):
+            last = piece[-1]["pk"]
+            for key, figures in added_up(piece, self.db).items():
+                known = sums.get(key, _NOTHING)
+                sums[key] = [a + b for a, b in zip(known, figures, strict=True)]
+            done += len(piece)
+            on_progress(done)
+        return sums, done
 
 
 def _dimension(by: Sequence[str], place: Mapping[str, str]) -> str:
@@ -265,3 +301,17 @@ class Spend(models.Model):
         requests = LLMRequest.objects.using(using) if using else LLMRequest.objects
         rows = requests.about(instance)
         return LedgerEntry.objects.using(rows.db).of(rows).total()
+
+    @staticmethod
+    def for_objects(
+        instances: Sequence[models.Model], *, using: str | None = None
+    ) -> dict[Any, Total]:
+        """The same of many ``instances`` of one model, by their primary keys, in one query."""
+        if not instances:
+            return {}
+        requests = LLMRequest.objects.using(using) if using else LLMRequest.objects.all()
+        content_type = ContentType.objects.db_manager(requests.db).get_for_model(instances[0])
+        keys = {str(each.pk): each.pk for each in instances}
+        rows = requests.filter(content_type=content_type, object_id__in=keys)
+        found = LedgerEntry.objects.using(rows.db).by_column(rows, "object_id")
+        return {pk: found.get(key, Total()) for key, pk in keys.items()}

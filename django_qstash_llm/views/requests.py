@@ -107,10 +107,10 @@ def _told(row: LLMRequest | Attempt, names: tuple[str, ...]) -> dict[str, Any]:
     return {n: str(each) if isinstance(each, Decimal) else each for n, each in values.items()}
 
 
-def _door(view: type[ReadView]) -> Callable[..., Any]:
+def door(view: type[ReadView]) -> Callable[..., Any]:
     # With ATOMIC_REQUESTS a database that is down would be an error before we can say so.
     return outside_transactions(never_cache(login_not_required(view.as_view())))
 
 
-llm_request = _door(RequestView)
-attempts = _door(AttemptsView)
+llm_request = door(RequestView)
+attempts = door(AttemptsView)
