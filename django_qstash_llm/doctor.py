@@ -30,8 +30,10 @@ from django.utils import timezone
 from .conf import AppSettings, app_settings, callback_base_url_problem, new_client, qstash_client
 from .exceptions import ConfigurationError
 from .health import Pulse
-from .models import CallbackResponse
+from .models import Budget, CallbackResponse
+from .models.budget import Action
 from .models.callback import Kind
+from .pricing import worst_cost
 from .qstash import (
     Accepted,
     AuthenticationError,
@@ -63,6 +65,8 @@ _CIRCUIT_REMEDY = (
     "It is tried again by itself; once the reason is mended, closing the circuit in the admin does "
     "it at once."
 )
+MOST_NAMED = 5
+_QUESTION = [{"role": "user", "content": "?"}]
 _REDIRECTS = {301, 302, 303, 307, 308}
 
 
@@ -132,6 +136,7 @@ class Doctor:
             yield from self.base_url()
             yield from self.ping()
         yield from self.work()
+        yield from self.money()
 
     @cached_property
     def conf(self) -> AppSettings:
@@ -311,6 +316,40 @@ class Doctor:
             yield _warning("work", pulse.notice, _CIRCUIT_REMEDY)
         if pulse.is_ok and not pulse.notice:
             yield _ok("work", _how_it_goes(pulse))
+
+    def money(self) -> Iterator[Finding]:
+        """Whether budgets can hold what is asked by default. Nothing, where there is none that refuses."""
+        try:
+            self.conf.check_types()
+            budgets = Budget.objects.using(self.using)
+            named = list(
+                budgets.filter(is_active=True, action=Action.REFUSE)
+                .order_by("pk")
+                .values_list("name", flat=True)[:MOST_NAMED]
+            )
+            if not named:
+                return
+            provider, model = self.conf.default_provider, self.conf.default_model
+            most = worst_cost(provider, model, _QUESTION, {}, at=self.clock())
+        except (DatabaseError, InterfaceError, ConfigurationError):
+            return  # which is said elsewhere
+        names = ", ".join(f"“{name}”" for name in named)
+        if self.conf.budgets_allow_unpriced:
+            yield _warning(
+                "money",
+                f"BUDGETS_ALLOW_UNPRICED is on: {names} let pass whatever has no price, and count it as "
+                "nothing.",
+                "Give prices with `manage.py llm_prices`, and set it to False.",
+            )
+        elif most is None:
+            yield _warning(
+                "money",
+                f"No price is known for {provider}/{model}, which is asked by default: where {names} "
+                "hold, it is refused.",
+                "Give one with `manage.py llm_prices`, or allow such with BUDGETS_ALLOW_UNPRICED.",
+            )
+        else:
+            yield _ok("money", f"{names} can hold what is asked by default.")
 
 
 class Ping:

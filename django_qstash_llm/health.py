@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Self
 
-from django.db.models import QuerySet
+from django.db.models import Q, QuerySet
 from django.utils import timezone
 from django.utils.translation import gettext as _
 
 from . import triggers
 from .conf import app_settings
-from .models import CallbackResponse, Circuit, Lane, LLMRequest
+from .models import Budget, CallbackResponse, Circuit, Lane, LedgerEntry, LLMRequest
+from .models.budget import Alert, _aware, _column
 from .models.callback import Kind
 from .models.circuit import QSTASH
 from .models.outbox import Outbox
@@ -27,6 +28,9 @@ from .models.request import ANNOUNCED
 MOST_COUNTED = 1000
 """Beyond it a count says "more": counting them all would take longer the worse it is."""
 MOST_LANES = 20
+MOST_BUDGETS = 100
+UNSETTLED_FOR = 300.0
+"""Seconds that an answer may wait to be added up. Nobody's answer waits for that."""
 NEXT_KEY_FOR = timedelta(hours=24)
 
 
@@ -185,6 +189,11 @@ class Health(Pulse):
     unpriced: int = 0
     by_next_key: int = 0
     """Callbacks of the last 24 hours that the next signing key verified."""
+    oldest_unsettled: float | None = None
+    """Seconds since the oldest answer that is in no sum by day yet."""
+    budgets: tuple[str, ...] = ()
+    """A sentence for each budget, up to ``MOST_BUDGETS``, that has reached a threshold in its present
+    period."""
     paused: tuple[str, ...] = ()
     """A sentence for each paused lane, up to ``MOST_LANES``: since when, by whom, why, and how many
     requests wait."""
@@ -213,6 +222,10 @@ class Health(Pulse):
         return {
             **figures,
             **{name: _count(queryset) for name, queryset in counted.items()},
+            "oldest_unsettled": _age_of_first(
+                LedgerEntry.objects.using(using).unfolded().order_by("id"), at, "entered_at"
+            ),
+            "budgets": tuple(each.in_words for each in _reached(using, at)),
             "paused": tuple(map(_paused, paused)),
         }
 
@@ -256,7 +269,13 @@ class Health(Pulse):
             for name, sentence in sentences.items()
             if counts[name]
         ]
-        return [*filter(None, [self.notice]), *self.paused, *found]
+        if self.oldest_unsettled is not None and self.oldest_unsettled > UNSETTLED_FOR:
+            sentence = _(
+                "The oldest answer has waited %(seconds)d s to be added up: is beat running, and a "
+                "worker? `manage.py llm_sweep` does it without."
+            )
+            found.append(sentence % {"seconds": self.oldest_unsettled})
+        return [*filter(None, [self.notice]), *self.paused, *self.budgets, *found]
 
     def to_json(self) -> dict[str, Any]:
         figures = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -275,6 +294,24 @@ def capped(count: int) -> str:
 def _count(queryset: QuerySet[Any]) -> int:
     # Only as far as it is shown.
     return queryset[: MOST_COUNTED + 1].count()
+
+
+def _reached(using: str, at: datetime) -> list[Alert]:
+    """Of each budget its highest threshold that is reached, by the alerts: nothing is settled here."""
+    budgets = list(Budget.objects.using(using).filter(is_active=True).order_by("pk")[:MOST_BUDGETS])
+    if not budgets:
+        return []
+    is_of_now = Q(pk__in=[])
+    for budget in budgets:
+        since = budget.since(_aware(at))
+        is_of_now |= Q(budget=budget, crossed_at__gte=_column(since))
+    alerts = Alert.objects.using(using).filter(is_of_now).select_related("budget")
+    highest: dict[int, Alert] = {}
+    for alert in alerts.order_by("threshold", "pk"):
+        # Not where the amount was raised since.
+        if alert.spent * 100 >= alert.budget.amount * alert.threshold:
+            highest[alert.budget_id] = alert
+    return list(highest.values())
 
 
 def _paused(lane: Lane) -> str:

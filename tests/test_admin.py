@@ -41,7 +41,7 @@ from django_qstash_llm.models.request import State, Via
 from django_qstash_llm.qstash import Callback
 from testproject.articles.models import Article
 
-from .conftest import ANSWER
+from .conftest import ANSWER, enter_costs
 from .wire import FakeQStash
 
 pytestmark = pytest.mark.django_db
@@ -910,6 +910,7 @@ def test_resubmitting_asks_first_and_says_what_it_cost(admin_client: Client) -> 
     earlier = failed()
     failed(resubmission_of=earlier)
     rows = [completed(cost=Decimal("0.25")), completed(cost=None), earlier, pending()]
+    enter_costs()
     page = Page(act(admin_client, REQUESTS, "resubmit", *rows))
     assert LLMRequest.objects.count() == 5
     for words in (
@@ -1130,6 +1131,7 @@ def test_a_batch_shows_how_far_it_is_and_what_it_cost(admin_client: Client) -> N
     completed(batch=batch, cost=None)
     failed(batch=batch)
     pending(batch=batch)
+    enter_costs()
     page = page_of(admin_client, BATCH, batch)
     assert "2 completed, 1 failed, 1 pending" in page.text
     assert "$0.25 + 1 unpriced" in page.text

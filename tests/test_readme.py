@@ -6,18 +6,22 @@ import ast
 import dataclasses
 import json
 import re
+import shlex
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from django.contrib.auth.models import User
+from django.core.management import call_command
 from django.db.models.signals import post_save
 
 from django_qstash_llm import providers, triggers
 from django_qstash_llm.conf import OUR_NAMES, UPSTASH_NAMES, AppSettings
-from django_qstash_llm.models import LLMRequest
+from django_qstash_llm.models import Budget, LLMRequest
 from django_qstash_llm.server.conf import KNOWN, ServerSettings
+from django_qstash_llm.signals import budget_threshold_reached
 from testproject.articles.models import Article
 
 from .conftest import ANSWER
@@ -168,3 +172,30 @@ def test_the_trigger_of_the_example_asks(qstash: FakeQStash) -> None:
     assert asked.messages == [
         {"role": "user", "content": "Summarise in two sentences:\n\nSome text."}
     ]
+
+
+@pytest.mark.django_db
+def test_the_examples_of_what_was_spent_run_as_they_stand() -> None:
+    article = Article.objects.create(title="A", body="B", summary="already there")
+    exec(example("Spend.for_object(article)"), {"article": article, "date": date})  # noqa: S102
+    namespace: dict[str, Any] = {}
+    exec(example("def tenant_of"), namespace)  # noqa: S102
+    assert namespace["tenant_of"](LLMRequest()) == ""
+
+
+@pytest.mark.django_db
+def test_the_budgets_of_the_example_can_be_made(capsys: pytest.CaptureFixture[str]) -> None:
+    chapter = README.split("## Budgets and what was spent", 1)[1].split("\n## ", 1)[0]
+    lines = re.findall(r"^python manage\.py (llm_budgets[^#\n]*)", chapter, re.M)
+    for line in lines:
+        call_command(*shlex.split(line))
+    assert [budget.name for budget in Budget.objects.all()] == ["acme", "house", "opus"]
+    assert "“acme” ($30.00 a week, tenant acme)" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_the_receiver_of_the_example_is_told() -> None:
+    try:
+        namespace: dict[str, Any] = {}
+        exec(example("budget_threshold_reached)"), namespace)  # noqa: S102
+    finally:
+        budget_threshold_reached.disconnect(namespace["tell_the_team"])

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
-from decimal import Decimal
+from dataclasses import dataclass, field
 from typing import Any
 
 from django.contrib import admin
-from django.db.models import Count, Q, QuerySet, Sum
+from django.db.models import Count, QuerySet
 from django.http import HttpRequest, HttpResponse
 from django.utils.html import format_html
 from django.utils.safestring import SafeString
 from django.utils.translation import gettext_lazy as _
 
-from ..models import Batch, BatchInput, File, LLMRequest
+from ..models import Batch, BatchInput, File, LedgerEntry, LLMRequest
 from ..models.batch import standing, to_resubmit
+from ..models.ledger import Total
 from ..models.request import UNFINISHED, LLMRequestQuerySet, State
 from . import actions, figures
 from .record import RecordAdmin, Tool, as_uuid
@@ -29,15 +29,15 @@ class Progress:
 
     counts: dict[str, int]
     """As ``Batch.counts``: each item once."""
-    cost: Decimal | None = None
-    unpriced: int = 0
+    total: Total = field(default_factory=Total)
+    """What its requests came to, answers that nobody read included."""
 
     @property
     def unfinished(self) -> int:
         return sum(self.counts[state] for state in UNFINISHED)
 
     @property
-    def total(self) -> int:
+    def number(self) -> int:
         return sum(self.counts.values())
 
 
@@ -48,12 +48,9 @@ def progress_of(batches: list[Batch]) -> dict[int, Progress]:
     counted = standing(rows).values_list("batch", "state").annotate(number=Count("pk"))
     for batch, state, number in counted:
         found[batch].counts[state] = number
-    spendings = rows.values("batch").annotate(
-        spent=Sum("cost"), unpriced=Count("pk", filter=Q(state=State.COMPLETED, cost=None))
-    )
-    for row in spendings:
-        progress = found[row["batch"]]
-        progress.cost, progress.unpriced = row["spent"], row["unpriced"]
+    entries = LedgerEntry.objects.using(rows.db)
+    for batch, total in entries.by_column(rows, "batch").items():
+        found[batch].total = total
     return found
 
 
@@ -94,8 +91,8 @@ class BatchAdmin(RecordAdmin):
         )
 
     @admin.display(description=_("cost so far"))
-    def cost_column(self, batch: Any) -> SafeString:
-        return _cost(batch.progress)
+    def cost_column(self, batch: Any) -> SafeString | str:
+        return figures.total(batch.progress.total)
 
     @admin.display(description=_("asked"))
     def created_column(self, batch: Batch) -> SafeString | str:
@@ -109,7 +106,9 @@ class BatchAdmin(RecordAdmin):
         return {
             "progress": progress,
             "bar": figures.progress_bar(progress.counts),
-            "cost": _cost(progress),
+            "cost": figures.total(progress.total),
+            "useful": figures.amount(progress.total.useful),
+            "is_in_vain": progress.total.spent != progress.total.useful,
             "requests_url": requests_url,
             "states": [
                 (
@@ -191,15 +190,3 @@ class BatchAdmin(RecordAdmin):
 def _of(batches: QuerySet[Batch]) -> LLMRequestQuerySet:
     keys = list(batches.values_list("pk", flat=True))
     return LLMRequest.objects.filter(batch__in=keys)
-
-
-def _cost(progress: Progress) -> SafeString:
-    shown = format_html('<span class="llm-figure">{}</span>', figures.money(progress.cost))
-    if not progress.unpriced:
-        return shown
-    return format_html(
-        '{} <span class="llm-unpriced">+ {} {}</span>',
-        shown,
-        figures.count(progress.unpriced),
-        _("unpriced"),
-    )

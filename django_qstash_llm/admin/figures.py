@@ -12,7 +12,9 @@ from django.utils.safestring import SafeString
 from django.utils.translation import gettext as _
 from django.utils.translation import pgettext
 
-from ..models import LLMRequest
+from ..models import LedgerEntry, LLMRequest
+from ..models.ledger import Total
+from ..models.money import in_words
 from ..models.request import State
 
 UNKNOWN = "–"
@@ -54,12 +56,35 @@ def money(amount: Decimal | None, *, decimals: int = 6) -> str:
     """USD."""
     if amount is None:
         return UNKNOWN
-    smallest = Decimal(1).scaleb(-decimals)
-    if 0 < amount < smallest:
-        return f"< ${formats.number_format(smallest, decimal_pos=decimals)}"
-    # A whole cent is the least that money is written in, and the zeros after it say nothing.
-    shown = max(2, -int(amount.quantize(smallest).normalize().as_tuple().exponent))
-    return f"${formats.number_format(amount, decimal_pos=shown, force_grouping=True)}"
+    return in_words(amount, decimals=decimals)
+
+
+def amount(value: Decimal | None, *, decimals: int = 6) -> SafeString:
+    """The same, in figures that stand under one another."""
+    return format_html('<span class="llm-figure">{}</span>', money(value, decimals=decimals))
+
+
+def total(found: Total, *, decimals: int = 6) -> SafeString | str:
+    """What was spent, and how much of it nobody can say."""
+    if not found.answers:
+        return UNKNOWN
+    if found.cost is None:
+        return unpriced(_("unpriced"))
+    spent = amount(found.spent, decimals=decimals)
+    if not found.unpriced:
+        return spent
+    return format_html("{} {}", spent, unpriced(found.unpriced_in_words))
+
+
+def entry_cost(entry: LedgerEntry, value: Decimal) -> SafeString:
+    """Of one entry: what has no known cost costs no 0."""
+    if entry.unpriced > 0:
+        return unpriced(_("unpriced"))
+    return amount(value, decimals=12)
+
+
+def unpriced(words: str) -> SafeString:
+    return format_html('<span class="llm-unpriced">{}</span>', words)
 
 
 def cost(llm_request: LLMRequest) -> SafeString | str:

@@ -92,6 +92,7 @@ def _ages(health: Health) -> list[tuple[Any, str]]:
         (_("oldest due request"), health.oldest_due),
         (_("oldest finished request to be announced"), health.oldest_unannounced),
         (_("oldest request past its deadline"), health.oldest_overdue),
+        (_("oldest answer to be added up"), health.oldest_unsettled),
     )
     return [
         (label, figures.UNKNOWN if age is None else figures.duration(timedelta(seconds=age)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,18 +12,20 @@ from uuid import UUID
 
 from django.contrib import admin
 from django.contrib.contenttypes.models import ContentType
-from django.db.models import Q, QuerySet
+from django.db.models import Model, Q, QuerySet
 from django.http import HttpRequest, HttpResponse
+from django.template.response import TemplateResponse
 from django.utils import formats, timezone
 from django.utils.dateparse import parse_datetime
 from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString
+from django.utils.translation import gettext, ngettext
 from django.utils.translation import gettext_lazy as _
-from django.utils.translation import ngettext
 
 from ..exceptions import ConfigurationError
-from ..models import CallbackResponse, LLMRequest
+from ..models import CallbackResponse, LedgerEntry, LLMRequest, Spend
 from ..models.callback import Kind
+from ..models.ledger import SUMMED, Total
 from ..models.price import PLACES, TokenClass
 from ..models.replay import TO_READ_AGAIN, may_be_read_anew
 from ..models.request import ANNOUNCED, UNFINISHED, LLMRequestQuerySet, State
@@ -34,6 +37,7 @@ from .record import RecordAdmin, Tool, filled, lines
 _HEX = set("0123456789abcdef")
 _SHORTEST_PREFIX = 6
 _WIDE = {"metadata_field", "usage_field", "announce_error"}
+MOST_ENTRIES = 50
 _WORDS_READ = 4096
 """Bytes of an attempt's body that are read for a line about it."""
 
@@ -138,8 +142,38 @@ class LLMRequestAdmin(HealthMixin, RecordAdmin):
 
     def complete_page(self, request: HttpRequest, rows: list[LLMRequest]) -> None:
         shown = about.links(rows, self.admin_site, request)
+        spent = self._spent(rows)
         for row in rows:
             row.about_shown = shown[row.pk]  # type: ignore[attr-defined]
+            row.total = spent.get(row.uuid, Total())  # type: ignore[attr-defined]
+
+    def _spent(self, rows: list[LLMRequest]) -> dict[Any, Total]:
+        """What each came to, answers that nobody read included."""
+        entries = LedgerEntry.objects.using(rows[0]._state.db) if rows else LedgerEntry.objects
+        sums: dict[Any, Total] = defaultdict(Total)
+        for entry in entries.filter(uuid__in=[row.uuid for row in rows]):
+            sums[entry.uuid] += Total(**{name: getattr(entry, name) for name in SUMMED})
+        return sums
+
+    def changelist_view(
+        self, request: HttpRequest, extra_context: dict[str, Any] | None = None
+    ) -> HttpResponse:
+        response = super().changelist_view(request, extra_context)
+        if isinstance(response, TemplateResponse) and response.context_data:
+            changelist = response.context_data.get("cl")
+            rows = changelist.result_list if changelist else ()
+            total = sum((row.total for row in rows if hasattr(row, "total")), Total())
+            response.context_data["page_total"] = total if total.answers else None
+            response.context_data["page_cost"] = figures.total(total)
+            response.context_data["page_useful"] = figures.amount(total.useful)
+            if self._may_look_at(request, Spend):
+                response.context_data["spend_url"] = self.list_url(Spend)
+        return response
+
+    def _may_look_at(self, request: HttpRequest, model: type[Model]) -> bool:
+        if not self.admin_site.is_registered(model):
+            return False
+        return self.admin_site.get_model_admin(model).has_view_permission(request)
 
     # Two lines a cell: the menu and the filter leave little room beside them.
 
@@ -166,7 +200,14 @@ class LLMRequestAdmin(HealthMixin, RecordAdmin):
     @admin.display(description=_("cost · tokens"))
     def cost_column(self, llm_request: LLMRequest) -> SafeString:
         tokens = figures.tokens(llm_request)
-        return _two_lines(figures.cost(llm_request), "" if tokens == figures.UNKNOWN else tokens)
+        cost = figures.cost(llm_request)
+        total: Total = getattr(llm_request, "total", Total())
+        second: SafeString | str = "" if tokens == figures.UNKNOWN else tokens
+        if total.spent != total.useful and total.cost is not None:
+            # Paid for more than once, or in vain.
+            spent = format_html(gettext("{} spent"), figures.amount(total.spent))
+            second = format_html("{}<br>{}", second, spent) if second else spent
+        return _two_lines(cost, second)
 
     @admin.display(description=_("asked · took"))
     def time_column(self, llm_request: LLMRequest) -> SafeString:
@@ -240,10 +281,32 @@ class LLMRequestAdmin(HealthMixin, RecordAdmin):
             "cost_cell": figures.cost(obj),
             "cost_in_words": _cost_in_words(obj),
             "price_in_words": _price_in_words(obj),
+            **self._ledger(obj),
             "attempts": attempts,
             "raw_request": _raw_request(obj),
             "raw_response": telling and callback.body_text(telling.receipt),
             "raw_header": telling and _header(telling.receipt),
+        }
+
+    def _ledger(self, obj: Any) -> dict[str, Any]:
+        """Its entries, and what they come to."""
+        entries = LedgerEntry.objects.using(obj._state.db).filter(uuid=obj.uuid).order_by("pk")
+        return {
+            "entries": [
+                (
+                    entry.answer,
+                    figures.moment(entry.entered_at if entry.number else entry.at),
+                    f"{figures.count(entry.input_tokens)} → {figures.count(entry.output_tokens)}",
+                    figures.entry_cost(entry, entry.spent),
+                    figures.entry_cost(entry, entry.useful),
+                    entry.cost_source or figures.UNKNOWN,
+                    bool(entry.number),
+                )
+                for entry in entries[:MOST_ENTRIES]
+            ],
+            "spent": figures.total(obj.total),
+            "useful": figures.amount(obj.total.useful, decimals=12),
+            "is_in_vain": obj.total.spent != obj.total.useful,
         }
 
     def _attempts(self, request: HttpRequest, obj: LLMRequest) -> list[Attempt]:

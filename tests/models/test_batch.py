@@ -15,6 +15,7 @@ from django_qstash_llm.exceptions import ConfigurationError, IllegalState, Inval
 from django_qstash_llm.models import Batch, LLMRequest
 from django_qstash_llm.models.outbox import Outbox
 from django_qstash_llm.models.request import State
+from tests.conftest import enter_costs
 from tests.wire import FakeQStash
 
 pytestmark = pytest.mark.django_db
@@ -157,6 +158,7 @@ def test_progress_and_cost_are_derived_from_the_items() -> None:
         "failed": 1,
         "cancelled": 0,
     }
+    enter_costs()
     assert (batch.is_finished, batch.cost(), other.cost()) == (False, Decimal("0.5"), None)
     batch.llm_requests.pending().update(state="cancelled")
     assert batch.is_finished
@@ -256,6 +258,7 @@ def test_progress_is_counted_by_item_and_cost_by_every_time_it_was_asked() -> No
     assert (counted(batch), batch.is_finished) == ({"pending": 1, "completed": 1}, False)
     LLMRequest.objects.filter(pk=again.pk).update(state=COMPLETED, cost=Decimal("0.5"))
     assert (counted(batch), batch.is_finished) == ({"completed": 2}, True)
+    enter_costs()
     assert batch.cost() == Decimal("1.0")
 
 

@@ -28,7 +28,7 @@ from django_qstash_llm.qstash import (
     ResponseError,
 )
 from testproject.articles.models import Article
-from tests.conftest import ANSWER
+from tests.conftest import ANSWER, enter_costs
 from tests.wire import FakeQStash
 
 pytestmark = pytest.mark.django_db
@@ -629,6 +629,7 @@ def test_cost_adds_up_what_is_priced_and_counts_the_rest() -> None:
     for cost in (Decimal("0.000000000001"), Decimal("1.5"), None):
         row = publish()
         LLMRequest.objects.filter(pk=row.pk).update(state=State.COMPLETED, cost=cost)
+    enter_costs()
     assert LLMRequest.objects.cost() == Decimal("1.500000000001")
     assert LLMRequest.objects.unpriced().count() == 1
 
