@@ -7,7 +7,7 @@ from django.db import migrations, models
 
 class Migration(migrations.Migration):
     dependencies = [
-        ("django_qstash_llm", "0009_money"),
+        ("django_qstash_llm", "0012_money"),
     ]
 
     operations = [
