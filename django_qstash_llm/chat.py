@@ -37,7 +37,7 @@ from django.dispatch import receiver
 from django.utils import timezone
 
 from . import anthropic, limits
-from .completions import LARGEST_ANSWER, Completion, Usage, read_error
+from .completions import LARGEST_ANSWER, Completion, Usage, read_error, weigh
 from .conf import app_settings, named
 from .exceptions import ChatFailed, ConfigurationError, InvalidRequest, UnreadableCompletion
 from .models import LLMRequest
@@ -46,7 +46,6 @@ from .models.ledger import CHAT, LedgerEntry
 from .models.request import Changes, State, Via
 from .pricing import Cost, cost_of
 from .providers import Provider, get_provider
-from .qstash.message import JSONText
 from .streams import Chunk, StreamBroken, StreamReader
 
 P = ParamSpec("P")
@@ -167,11 +166,13 @@ class Call:
         )
 
     def reader(self) -> StreamReader:
+        answers = self.llm_request.parameters.get("n")
         return StreamReader(
             is_anthropic=self.provider.kind == "anthropic",
-            asked_bytes=len(JSONText.dump(self.llm_request.messages)),
+            asked_bytes=weigh(self.llm_request.messages),
             is_usage_asked=self.is_usage_asked,
             created=int(time.time()),
+            answers=answers if type(answers) is int else 1,
         )
 
     def check(self, *, size: int = 0) -> None:
@@ -303,12 +304,18 @@ class Call:
             wait=reading.wait,
         )
 
-    def abort(self, reader: StreamReader | None = None) -> None:
-        """Who asked has left: that is a wish and no failure, so the request is cancelled."""
+    def interrupted(self, error: BaseException, reader: StreamReader | None = None) -> None:
+        """It ends, and not by the provider. Who asked has left: that is a wish and no failure, so the
+        request is cancelled. Anything else is a failure, ours or of whoever broke in."""
         if reader is not None and reader.is_complete:
             self.complete_stream(reader)
             return
         completion = reader.completion if reader else Completion(text="")
+        if isinstance(error, Exception):
+            # Its class alone: nobody knows what its text may hold.
+            problem = f"{type(error).__name__} was raised before the answer was whole"
+            self._broken_off(State.FAILED, "unexpected", problem, completion, reader)
+            return
         problem = "who asked has left before the answer was whole"
         self._broken_off(State.CANCELLED, "aborted", problem, completion, reader)
 
@@ -421,8 +428,8 @@ def complete(llm_request: LLMRequest, *, within: Within = _NOTHING) -> Answer:
         raise call.lost(error) from error
     except StreamBroken as error:
         raise call.broken(error) from error
-    except BaseException:
-        call.abort()
+    except BaseException as error:
+        call.interrupted(error)
         raise
     return call.complete(body)
 
@@ -444,8 +451,8 @@ def open_stream(llm_request: LLMRequest, *, within: Within = _NOTHING) -> Stream
         raise call.lost(error) from error
     except StreamBroken as error:
         raise call.broken(error) from error
-    except BaseException:
-        call.abort()
+    except BaseException as error:
+        call.interrupted(error)
         raise
     raise call.refused(body)
 
@@ -504,9 +511,9 @@ def _read(call: Call, response: httpx.Response) -> Generator[Chunk | None, None,
         except StreamBroken as error:
             response.close()
             raise call.broken(error, reader) from error
-        except BaseException:
+        except BaseException as error:
             response.close()
-            call.abort(reader)
+            call.interrupted(error, reader)
             raise
         call.complete_stream(reader)
         with suppress(httpx.HTTPError):
@@ -542,8 +549,8 @@ async def acomplete(llm_request: LLMRequest, *, within: Within = _NOTHING) -> An
         raise await _written(call.lost, error) from error
     except StreamBroken as error:
         raise await _written(call.broken, error) from error
-    except BaseException:
-        await _written(call.abort)
+    except BaseException as error:
+        await _written(call.interrupted, error)
         raise
     return await _written(call.complete, body)
 
@@ -557,8 +564,8 @@ async def aopen_stream(llm_request: LLMRequest, *, within: Within = _NOTHING) ->
         raise await _written(call.lost, error) from error
     except StreamBroken as error:
         raise await _written(call.broken, error) from error
-    except BaseException:
-        await _written(call.abort)
+    except BaseException as error:
+        await _written(call.interrupted, error)
         raise
     if isinstance(opened, AsyncStream):
         return opened
@@ -613,9 +620,9 @@ async def _aread(call: Call, response: httpx.Response) -> AsyncGenerator[Chunk |
         except StreamBroken as error:
             await response.aclose()
             raise await _written(call.broken, error, reader) from error
-        except BaseException:
+        except BaseException as error:
             await response.aclose()
-            await _written(call.abort, reader)
+            await _written(call.interrupted, error, reader)
             raise
         await _written(call.complete_stream, reader)
         with suppress(httpx.HTTPError, TimeoutError):
@@ -678,9 +685,9 @@ async def _begin(llm_request: LLMRequest, *, is_streamed: bool, within: Within) 
     begun = asyncio.ensure_future(sync_to_async(begin)())
     try:
         return await asyncio.shield(begun)
-    except asyncio.CancelledError:
+    except asyncio.CancelledError as error:
         call = await begun
-        await _written(call.abort)
+        await _written(call.interrupted, error)
         raise
 
 
@@ -735,8 +742,8 @@ def _ending(call: Call) -> Iterator[None]:
         raise call.lost(error) from error
     except StreamBroken as error:
         raise call.broken(error) from error
-    except BaseException:
-        call.abort()
+    except BaseException as error:
+        call.interrupted(error)
         raise
 
 

@@ -19,6 +19,13 @@ from .exceptions import UnreadableCompletion
 
 LARGEST_ANSWER = 64_000_000
 """Bytes of JSON read, after decompression."""
+BYTES_PER_TOKEN = 4
+"""About, of English with any tokenizer."""
+TOKENS_PER_FILE = 1000
+"""About, of an image of ordinary size with any model; a sound or a document may be more."""
+# An image or another file inside of a message: a data URL, or base64 alone.
+_FILE = re.compile(r'"data:[^",]*;base64,[^"]*"|"[A-Za-z0-9+/_-]{1000,}=*"')
+_IN_ITS_PLACE = "x" * TOKENS_PER_FILE * BYTES_PER_TOKEN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +78,13 @@ class Completion:
     """What it was answered as, in the provider's word: ``flex``, ``priority``, ``batch``; it decides
     the price, not what was asked for."""
     usage: Usage = field(default_factory=Usage)
+
+
+def weigh(messages: Any) -> int:
+    """Bytes of JSON by which the tokens of ``messages`` are estimated. A file in them weighs what its
+    tokens do, whatever its size."""
+    text = json.dumps(messages, separators=(",", ":"), ensure_ascii=False)
+    return len(_FILE.sub(_IN_ITS_PLACE, text).encode("utf-8", "replace"))
 
 
 def read_completion(body: bytes) -> Completion:

@@ -16,6 +16,17 @@ from rest_framework.views import APIView, exception_handler
 
 View = TypeVar("View", bound=Callable[..., Any])
 
+EVENTS = "text/event-stream; charset=utf-8"
+EVENT_HEADERS = {
+    # Nobody between us and the reader may keep it, or collect it to compress it.
+    "Cache-Control": "no-cache, no-transform",
+    # nginx would collect what comes.
+    "X-Accel-Buffering": "no",
+    # And so would Django's GZipMiddleware; what is encoded already it leaves alone.
+    "Content-Encoding": "identity",
+}
+"""Of a response of server-sent events."""
+
 
 class OwnRenderer(BaseContentNegotiation):
     """Our first renderer, whatever ``Accept`` says: the official clients always say JSON."""

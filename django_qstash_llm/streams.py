@@ -13,11 +13,17 @@ from typing import Any
 
 from . import anthropic
 from .cleaning import clean_text
-from .completions import LARGEST_ANSWER, Completion, Usage, error_in, read_answer, read_usage
+from .completions import (
+    BYTES_PER_TOKEN,
+    LARGEST_ANSWER,
+    Completion,
+    Usage,
+    error_in,
+    read_answer,
+    read_usage,
+)
 
 _LINE_END = re.compile(rb"\r\n|\n|\r(?!\Z)")  # a last \r may be half of \r\n
-BYTES_PER_TOKEN = 4
-"""About, of English with any tokenizer."""
 
 
 class StreamBroken(Exception):
@@ -117,6 +123,8 @@ class _Choice:
     texts: list[str] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
     calls: dict[Any, dict[str, Any]] = field(default_factory=dict)
+    thoughts: list[str] = field(default_factory=list)
+    """Reasoning that is told beside the answer: output, and paid for."""
     finish_reason: str = ""
 
     def add(self, delta: Mapping[str, Any]) -> str:
@@ -124,6 +132,9 @@ class _Choice:
         text, refusal = _text_of(delta.get("content")), delta.get("refusal")
         if isinstance(refusal, str):
             self.refusals.append(refusal)
+        thought = delta.get("reasoning_content") or delta.get("reasoning")
+        if isinstance(thought, str):
+            self.thoughts.append(thought)
         calls = delta.get("tool_calls")
         for position, call in enumerate(calls if isinstance(calls, list) else []):
             if isinstance(call, dict):
@@ -158,7 +169,7 @@ class _Choice:
     @property
     def size(self) -> int:
         """Bytes of UTF-8 that were said."""
-        said = [*self.texts, *self.refusals]
+        said = [*self.texts, *self.refusals, *self.thoughts]
         said += [json.dumps(call["function"]) for call in self.calls.values()]
         return sum(len(text.encode("utf-8", "replace")) for text in said)
 
@@ -167,16 +178,23 @@ class StreamReader:
     """Reads one stream."""
 
     def __init__(
-        self, *, is_anthropic: bool, asked_bytes: int, is_usage_asked: bool, created: int
+        self,
+        *,
+        is_anthropic: bool,
+        asked_bytes: int,
+        is_usage_asked: bool,
+        created: int,
+        answers: int = 1,
     ) -> None:
         """``asked_bytes``: weight of the request, by which its tokens are estimated where nobody
-        counts them. ``is_usage_asked``: by the caller."""
+        counts them. ``is_usage_asked``: by the caller. ``answers``: how many were asked for."""
         self.is_done = False
         """``[DONE]`` came: nothing more will."""
         self._events = Events()
         self._translator = anthropic.Chunks(created=created) if is_anthropic else None
         self._asked_bytes = asked_bytes
         self._is_usage_asked = is_usage_asked
+        self._answers = answers
         self._choices: dict[Any, _Choice] = {}
         self._head: dict[str, Any] = {}
         self._usage: Any = None
@@ -199,7 +217,11 @@ class StreamReader:
     @property
     def is_complete(self) -> bool:
         """Whether every answer has its finish reason. Usage may still come."""
-        return bool(self._choices) and all(c.finish_reason for c in self._choices.values())
+        # Some providers know of one answer only, and say when they are done.
+        are_all = self.is_done or len(self._choices) >= self._answers
+        return (
+            bool(self._choices) and are_all and all(c.finish_reason for c in self._choices.values())
+        )
 
     @property
     def completion(self) -> Completion:

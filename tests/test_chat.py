@@ -232,6 +232,33 @@ def test_what_breaks_in_between_leaves_no_row_behind_that_waits(wire: Wire) -> N
     assert (only_row().state, only_row().error_code) == ("cancelled", "aborted")
 
 
+@pytest.mark.parametrize("way", ["chat", "stream", "achat", "astream"])
+def test_what_breaks_in_ours_is_a_failure_and_nobody_who_left(wire: Wire, way: str) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        raise LookupError(f"inner workings with {KEY}")
+
+    answers(wire, answer)
+    ask = getattr(LLMRequest.objects.all(), way)
+    with pytest.raises(LookupError):
+        (async_to_sync(ask) if way[0] == "a" else ask)(ASK)
+    row = only_row()
+    assert (row.state, row.error_code) == ("failed", "unexpected")
+    assert row.error == "LookupError was raised before the answer was whole"
+
+
+def test_what_breaks_in_a_stream_keeps_what_came(wire: Wire) -> None:
+    def pieces() -> Iterator[bytes]:
+        yield sse(delta("Forty"), done=False)
+        raise LookupError("a transport of yours")
+
+    answers(wire, lambda request: httpx.Response(200, content=pieces()))
+    with pytest.raises(LookupError):
+        list(LLMRequest.objects.stream(ASK))
+    row = only_row()
+    assert (row.state, row.error_code, row.completion) == ("failed", "unexpected", "Forty")
+    assert row.usage["estimated"] is True
+
+
 def test_answer_to_a_cancelled_request_is_still_paid_for(wire: Wire, qstash: FakeQStash) -> None:
     def answer(request: httpx.Request) -> httpx.Response:
         only_row().cancel()
@@ -402,6 +429,28 @@ def test_several_answers_have_to_end_all(wire: Wire) -> None:
     streams(wire, sse(*both))
     with pytest.raises(ChatFailed, match="finish_reason"):
         list(LLMRequest.objects.stream(ASK, n=2))
+
+
+def test_answer_that_never_began_is_missed(wire: Wire) -> None:
+    one = [delta("A"), delta(reason="stop")]
+    streams(wire, sse(*one, done=False))
+    with pytest.raises(ChatFailed, match="finish_reason"):
+        list(LLMRequest.objects.stream(ASK, n=2))
+    stream = LLMRequest.objects.stream(ASK, n=2)
+    assert [next(stream).text for _ in range(2)] == ["A", ""]
+    stream.close()
+    assert LLMRequest.objects.latest("id").error_code == "aborted"
+    # A provider that knows of one answer only says when it is done.
+    streams(wire, sse(*one))
+    assert len(list(LLMRequest.objects.stream(ASK, n=2))) == 2
+    assert LLMRequest.objects.latest("id").state == "completed"
+
+
+def test_image_is_not_estimated_by_its_bytes(wire: Wire) -> None:
+    image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{'A' * 400_000}"}}
+    streams(wire, sse(delta("A cat.", "stop")))
+    list(LLMRequest.objects.stream([{"role": "user", "content": [image]}]))
+    assert 1000 < (only_row().input_tokens or 0) < 1100
 
 
 def test_missing_usage_is_estimated_and_says_so(wire: Wire) -> None:

@@ -19,6 +19,7 @@ from django_qstash_llm.completions import (
     read_completion,
     read_error,
     read_usage,
+    weigh,
 )
 from django_qstash_llm.exceptions import UnreadableCompletion
 
@@ -421,3 +422,19 @@ def test_largest_answer_covers_the_largest_callback() -> None:
 def test_cost_with_ones_own_key_is_what_both_take_or_unknown(details: Any, cost: Any) -> None:
     usage = {"prompt_tokens": 9, "cost": 0.0001, "is_byok": True, "cost_details": details}
     assert read_usage(usage).reported_cost == cost
+
+
+@pytest.mark.parametrize(
+    ("part", "tokens"),
+    [
+        ({"image_url": {"url": "data:image/jpeg;base64," + "A" * 9}}, 1000),
+        ({"image_url": {"url": "data:image/jpeg;base64," + "/9j+" * 90_000 + "=="}}, 1000),
+        ({"source": {"type": "base64", "data": "_-" * 9000}}, 1000),
+        ({"input_audio": {"data": "AAAA" * 9000, "format": "wav"}}, 1000),
+        ({"image_url": {"url": "https://example.com/cat.png"}}, 0),
+        ({"text": "data: in words, and " * 100}, 500),
+    ],
+)
+def test_files_in_messages_weigh_what_their_tokens_do(part: dict[str, Any], tokens: int) -> None:
+    weight = weigh([{"role": "user", "content": [part]}])
+    assert 0 <= weight // 4 - tokens < 30

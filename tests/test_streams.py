@@ -92,6 +92,14 @@ def test_usage_is_found_on_any_chunk(events: list[str], usage: tuple[int, int], 
     assert completion.usage.raw.get("estimated", False) is (usage == (10, 1))
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_reasoning_that_is_told_is_estimated_too(name: str) -> None:
+    thought = json.dumps({"choices": [{"delta": {name: "x" * 40}}]})
+    _, completion = read("".join(f"data: {each}\n\n" for each in (thought, A, STOP)).encode())
+    assert completion.text == "A"
+    assert completion.usage.output_tokens == 11
+
+
 def test_chunk_without_choices_is_no_answer_and_no_fault() -> None:
     azure = json.dumps({"choices": [], "prompt_filter_results": []})
     chunks, completion = read(f"data: {azure}\n\ndata: {A}\n\ndata: {STOP}\n\n".encode())

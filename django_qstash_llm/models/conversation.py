@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 import uuid as uuids
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from django.db import connections, models, router, transaction
 from django.utils import timezone
 from django.utils.translation import gettext_lazy as _
 
+from ..completions import BYTES_PER_TOKEN, weigh
 from ..conf import app_settings, named
 from ..exceptions import ConversationBusy
 from .request import LLMRequest, LLMRequestQuerySet, State, Via
@@ -26,10 +26,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Message = dict[str, Any]
+Turn = tuple[list[Message], Message | None]
+"""What was asked, without what it repeated, and what was answered."""
 Said = str | Sequence[Mapping[str, Any]]
 """What is said next: a text of the user's, or messages, as the answers to tool calls are."""
 
-BYTES_PER_TOKEN = 4
+FIRST_PAGE = 32
+"""Turns that are read at first where ``HISTORY`` has a bound; twice as many each time."""
 LONGEST_PAUSE = 0.25
 """Seconds between two looks whether the turn before is over."""
 
@@ -41,11 +44,11 @@ class Conversation(models.Model):
     tool calls together with what the tools answered. ``HISTORY`` in ``QSTASH_LLM`` says how much:
 
     ``{}``
-        All of it.
+        All of it, which is all read anew for each turn. Where conversations are long, give a bound.
     ``{"MESSAGES": n}``
         The newest, n messages at most.
     ``{"TOKENS": n}``
-        The newest, n tokens at most, of four bytes of JSON each.
+        The newest, n tokens at most, of four bytes of JSON each; a file in them is 1000.
 
     The system prompt and what is said now are never counted and never left out. Of the rest whole
     exchanges are left out, the oldest first: a question, the tool calls that it led to, what the
@@ -85,7 +88,8 @@ class Conversation(models.Model):
 
     def history(self) -> list[Message]:
         """The messages so far, in the order they were asked: each question with its answer."""
-        return [message for exchange in self._exchanges([]) for message in exchange]
+        exchanges = _in_exchanges([*self._turns(), ([], None)])
+        return [message for exchange in exchanges for message in exchange]
 
     # --- the next turn ---
 
@@ -220,45 +224,73 @@ class Conversation(models.Model):
         return [*system, *kept, *now]
 
     def _exchanges(self, news: list[Message]) -> list[list[Message]]:
-        """What was said, an exchange each: what stays together or goes together. The last begins
-        with ``news``, or with the question whose tool calls they answer."""
-        exchanges: list[list[Message]] = []
-        open_calls: set[Any] = set()
-        for asked, answer in [*self._turns(), (news, None)]:
-            answered = {each.get("tool_call_id") for each in asked if each.get("role") == "tool"}
-            if open_calls and open_calls <= answered:
-                exchanges[-1] += asked
-            else:
-                if open_calls:
-                    _leave_out_calls(exchanges)
-                open_calls = set()
-                if answered and answer:
-                    continue  # of calls that are not known any more
-                exchanges.append([*asked])
-            if answer:
-                exchanges[-1].append(answer)
-                calls = answer.get("tool_calls", ())
-                open_calls = {call.get("id") for call in calls if isinstance(call, dict)}
-        return exchanges
+        """As ``_in_exchanges``, of no more turns than are needed for what ``HISTORY`` keeps: each of
+        them repeats what was said before it, so that all together weigh the square of it."""
+        if not app_settings().history:
+            return _in_exchanges([*self._turns(), (news, None)])
+        turns: list[Turn | None] = []
+        size, number = 0, FIRST_PAGE
+        while True:
+            page = self._turns(slice(size, size + number))
+            turns, size = [*page, *turns], size + number
+            exchanges = *earlier, now = _in_exchanges([*turns, (news, None)])
+            is_full = len(_newest(earlier)) < len(earlier)
+            # Of tools' answers the calls stand in an earlier turn, which may not be read yet.
+            is_whole = not now or now[0].get("role") != "tool"
+            if len(page) < number or (is_full and is_whole):
+                return list(exchanges)
+            number *= 2
 
-    def _turns(self) -> Iterator[tuple[list[Message], Message | None]]:
-        """What was asked, without what it repeated, and what was answered."""
+    def _turns(self, newest: slice = slice(None)) -> list[Turn | None]:
+        """The ``newest``, or all, in the order in which they were asked; None where nothing was
+        answered that can be repeated."""
         # A forgotten question cannot be repeated, nor can its answer without it.
-        completed = self.llm_requests.completed().exclude(messages=[]).order_by("id")
+        completed = self.llm_requests.completed().exclude(messages=[]).order_by("-id")
         # What was asked again and answered was said once.
         completed = completed.exclude(resubmissions__state=State.COMPLETED)
-        names = ("messages", "tool_calls", "completion", "refusal")
-        for asked, calls, *said in completed.values_list(*names):
-            answer = {"role": "assistant", "content": next(filter(None, said), None)}
-            if calls:
-                yield _news(asked), answer | {"tool_calls": calls}
-            elif answer["content"]:  # providers refuse an empty message
-                yield _news(asked), answer
+        rows = completed.values_list("messages", "tool_calls", "completion", "refusal")[newest]
+        return [_turn(*row) for row in reversed(rows)]
+
+
+def _turn(asked: list[Message], calls: list[Any], completion: str, refusal: str) -> Turn | None:
+    answer: Message = {"role": "assistant", "content": completion or refusal or None}
+    if calls:
+        return _news(asked), answer | {"tool_calls": calls}
+    if answer["content"]:
+        return _news(asked), answer
+    return None  # providers refuse an empty message
+
+
+def _in_exchanges(turns: list[Turn | None]) -> list[list[Message]]:
+    """What was said, an exchange each: what stays together or goes together. The last begins with
+    the last turn, or with the question whose tool calls that answers."""
+    exchanges: list[list[Message]] = []
+    open_calls: set[Any] = set()
+    for asked, answer in filter(None, turns):
+        answered = {each.get("tool_call_id") for each in asked if each.get("role") == "tool"}
+        if open_calls and open_calls <= answered:
+            exchanges[-1] += asked
+        else:
+            if open_calls:
+                _leave_out_calls(exchanges)
+            open_calls = set()
+            if answered and answer:
+                continue  # of calls that are not known any more
+            exchanges.append([*asked])
+        if answer:
+            exchanges[-1].append(answer)
+            calls = answer.get("tool_calls", ())
+            open_calls = {call.get("id") for call in calls if isinstance(call, dict)}
+    return exchanges
 
 
 def _news(messages: list[Message]) -> list[Message]:
     """What was said after the last answer that a request repeats."""
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    end = len(messages)
+    # At the end it is no answer: so it was to begin, or the question would be taken for repeated.
+    while end and messages[end - 1]["role"] == "assistant":
+        end -= 1
+    answers = [i for i, each in enumerate(messages[:end]) if each["role"] == "assistant"]
     since = messages[answers[-1] + 1 if answers else 0 :]
     news = [message for message in since if message["role"] not in {"system", "developer"}]
     return news or messages[-1:]
@@ -292,9 +324,7 @@ def _newest(exchanges: list[list[Message]]) -> list[list[Message]]:
 
 def _tokens(messages: list[Message]) -> int:
     """About, and rather more: nobody but the provider knows its tokenizer."""
-    return -(
-        -len(json.dumps(messages, ensure_ascii=False).encode("utf-8", "replace")) // BYTES_PER_TOKEN
-    )
+    return -(-weigh(messages) // BYTES_PER_TOKEN)
 
 
 def _pauses(patience: float | None) -> Iterator[float | None]:

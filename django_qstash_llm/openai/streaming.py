@@ -9,18 +9,11 @@ from asgiref.sync import async_to_sync, sync_to_async
 
 from ..chat import AsyncStream, Stream
 from ..conf import app_settings
+from ..door import EVENTS
 from ..exceptions import ChatFailed
 from ..models import KeptAnswer, LLMRequest
 from .refusals import as_refusal
 
-EVENTS = "text/event-stream; charset=utf-8"
-HEADERS = {
-    "Cache-Control": "no-cache",
-    # nginx would collect what comes.
-    "X-Accel-Buffering": "no",
-    # And so would Django's GZipMiddleware; what is encoded already it leaves alone.
-    "Content-Encoding": "identity",
-}
 _DONE = b"data: [DONE]\n\n"
 # Where usage is counted, chunks without it say so. We have it counted always, and to whom did not ask
 # that is a surprise: qstash 2.0.5 falls over it. (In a text these quotes would be escaped.)

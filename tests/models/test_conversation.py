@@ -257,6 +257,36 @@ def test_history_is_trimmed_by_whole_exchanges(
     assert [message["content"] for message in asked(wire)] == ["Be brief.", *kept, "And now?"]
 
 
+@pytest.mark.parametrize(
+    ("history", "kept", "queries"),
+    [({"MESSAGES": 80}, 80, 2), ({"TOKENS": 1500}, 98, 2), ({"MESSAGES": 0}, 0, 1)],
+)
+def test_no_more_turns_are_read_than_are_kept(
+    history: dict[str, int], kept: int, queries: int, django_assert_num_queries: Any
+) -> None:
+    conversation = Conversation.objects.create()
+    for number in range(200):
+        messages = [{"role": "user", "content": f"{number}?"}]
+        turn = {"via": "chat", "state": "completed", "completion": "Yes." * 9 * (number % 3)}
+        # Not all were answered in words: those are no history.
+        LLMRequest.objects.bulk_create(
+            [LLMRequest(conversation=conversation, messages=messages, **turn)]
+        )
+    lines = conversation.history()
+    with remembers(**history), django_assert_num_queries(queries):
+        *repeated, _ = conversation._messages("And now?")
+    assert (len(repeated), repeated) == (kept, lines[len(lines) - kept :])
+
+
+def test_beginning_of_an_answer_does_not_drop_its_question(wire: Wire) -> None:
+    conversation = Conversation.objects.create()
+    said = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "There are"}]
+    says(wire, answered("42."), answered("Yes."))
+    conversation.chat(said)
+    conversation.chat("Sure?")
+    assert [each["content"] for each in asked(wire)] == ["How many?", "There are", "42.", "Sure?"]
+
+
 def test_calls_that_are_answered_now_are_never_left_out(wire: Wire) -> None:
     conversation = Conversation.objects.create()
     says(wire, answered("1"), answered(None, tool_calls=CALLS), answered("Three."))

@@ -132,7 +132,7 @@ def test_a_stream_comes_without_the_usage_that_nobody_asked_for(
     headers = stream.response.headers
     assert [chunk.choices[0].delta.content for chunk in stream] == ["Forty", "-two.", None]
     assert headers["content-type"].startswith("text/event-stream")
-    assert headers["cache-control"] == "no-cache"
+    assert headers["cache-control"] == "no-cache, no-transform"
     assert headers["x-accel-buffering"] == "no"
     eventually(lambda: LLMRequest.objects.get().state == "completed")
     row = LLMRequest.objects.get()

@@ -619,7 +619,9 @@ def test_a_failure_of_ours_has_the_same_shape_and_says_nothing(
     response = client.post(COMPLETIONS, BODY, "application/json", headers=headers)
     assert "inner workings" not in refused(response, 500, "server_error")
     assert "inner workings" in caplog.text
-    assert LLMRequest.objects.get().state == "cancelled"
+    row = LLMRequest.objects.get()
+    assert (row.state, row.error_code) == ("failed", "unexpected")
+    assert "inner workings" not in row.error
 
 
 def test_no_key_is_in_any_log(

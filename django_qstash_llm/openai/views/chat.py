@@ -12,6 +12,7 @@ from rest_framework.request import Request
 from ... import chat
 from ...chat import AsyncStream, Stream
 from ...conf import app_settings
+from ...door import EVENT_HEADERS, EVENTS
 from ...models import KeptAnswer, LLMRequest
 from ...models.api_key import Scope
 from ...models.asked import Asked
@@ -94,9 +95,9 @@ def _stream(
         stream = chat.open_stream_by_loop(llm_request, within=written_under(kept))
     else:
         stream = chat.open_stream(llm_request, within=written_under(kept))
-    headers = passed_on(stream.headers) | streaming.HEADERS | _named(llm_request)
+    headers = passed_on(stream.headers) | EVENT_HEADERS | _named(llm_request)
     said = streaming.events(stream, kept)
-    return StreamingHttpResponse(said, content_type=streaming.EVENTS, headers=headers)
+    return StreamingHttpResponse(said, content_type=EVENTS, headers=headers)
 
 
 def _found(request: Request, name: str) -> LLMRequest:
