@@ -310,6 +310,8 @@ class Call:
         if reader is not None and reader.is_complete:
             self.complete_stream(reader)
             return
+        if reader is None and self.is_streamed:
+            reader = self.reader()  # the provider was at it: what was asked is counted
         completion = reader.completion if reader else Completion(text="")
         if isinstance(error, Exception):
             # Its class alone: nobody knows what its text may hold.

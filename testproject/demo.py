@@ -42,7 +42,14 @@ def main() -> int:
         port = free_port(options.port)
         # A low burst against many articles: some meet a 429, as in life.
         provider = stack.enter_context(
-            Provider(rpm=900, tpm=200_000, burst=8, latency=0.2, port=free_port(port + 1))
+            Provider(
+                rpm=900,
+                tpm=200_000,
+                burst=8,
+                latency=0.2,
+                per_token=0.02,
+                port=free_port(port + 1),
+            )
         )
         set_environment(options, port, provider)
         prepare_database()
@@ -310,6 +317,7 @@ def print_login(port: int) -> None:
     user.set_password(password)
     user.save()
     print(f"Admin: http://{HOST}:{port}/admin/   user: demo   password: {password}")
+    print(f"Talk:  http://{HOST}:{port}/talk/    the same; paste a text and see it summed up.")
 
 
 def why_not() -> str:

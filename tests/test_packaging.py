@@ -27,8 +27,7 @@ def test_the_package_has(path: str) -> None:
 
 
 def test_every_template_and_static_file_is_installed() -> None:
-    kinds = {"templates": ".html", "static": ".css"}
-    for folder, ending in kinds.items():
+    for folder, ending in [("templates", ".html"), ("static", ".css"), ("static", ".js")]:
         names = [str(path) for path in PACKAGE.joinpath(folder).rglob(f"*{ending}")]
         assert names, folder
 

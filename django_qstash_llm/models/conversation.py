@@ -91,6 +91,12 @@ class Conversation(models.Model):
         exchanges = _in_exchanges([*self._turns(), ([], None)])
         return [message for exchange in exchanges for message in exchange]
 
+    def newest(self, most: int) -> list[tuple[LLMRequest, list[Message]]]:
+        """The newest turns at most, whatever became of them, in the order they were asked: each
+        request with the messages that were said in it. What was asked again stands there once."""
+        rows = self.llm_requests.filter(resubmissions=None).order_by("-id")[:most]
+        return [(row, _news(row.messages)) for row in reversed(rows)]
+
     # --- the next turn ---
 
     def ask(self, content: Said, **asked: Any) -> LLMRequest:
