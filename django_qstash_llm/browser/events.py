@@ -44,6 +44,17 @@ def _event(name: str, told: Any) -> bytes:
     return f"event: {name}\ndata: {json.dumps(told)}\n\n".encode()
 
 
+async def _tell(source: Source, put: Callable[[bytes], None]) -> None:
+    """With a thread of its own for its database work: that of the request waits for its end, and one
+    for all readers would let them wait for each other."""
+    async with ThreadSensitiveContext():
+        try:
+            await source(lambda name, told: put(_event(name, told)))
+        finally:
+            # Shielded: cancelled before it began, it would not happen.
+            await asyncio.shield(sync_to_async(connections.close_all)())
+
+
 class _Told:
     """For WSGI."""
 
@@ -72,16 +83,8 @@ class _Told:
 
     def _begin(self) -> None:
         assert self._loop is not None
-        self._task = self._loop.create_task(self._tell())
+        self._task = self._loop.create_task(_tell(self._source, self._events.put))
         self._task.add_done_callback(lambda task: self._events.put(None))
-
-    async def _tell(self) -> None:
-        # A thread of its own for its database work, or all readers would wait in one.
-        async with ThreadSensitiveContext():
-            try:
-                await self._source(lambda name, told: self._events.put(_event(name, told)))
-            finally:
-                await sync_to_async(connections.close_all)()
 
     def close(self) -> None:
         """Called by the server when its reader has left, or all is told. Waits until it is written
@@ -107,11 +110,7 @@ class _AsyncTold:
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         events: asyncio.Queue[bytes | None] = asyncio.Queue()
-
-        async def tell() -> None:
-            await self._source(lambda name, told: events.put_nowait(_event(name, told)))
-
-        self._task = asyncio.create_task(tell())
+        self._task = asyncio.create_task(_tell(self._source, events.put_nowait))
         self._task.add_done_callback(lambda task: events.put_nowait(None))
         try:
             yield _COMMENT

@@ -21,7 +21,7 @@ from django_qstash_llm.browser import events as telling
 from django_qstash_llm.models import Conversation, LLMRequest
 from django_qstash_llm.qstash import Callback
 from tests.conftest import ANSWER
-from tests.test_chat import Upstream, hangs, ours
+from tests.test_chat import Upstream, delta, hangs, head, ours, send, sse
 from tests.wire import FakeQStash, Wire
 
 from ..openai.conftest import EVENTS, PROVIDER, Streamed, eventually
@@ -107,6 +107,31 @@ def test_who_leaves_a_silent_provider_has_it_stop_within_two_seconds(
     assert row.usage["estimated"] is True
     assert (row.input_tokens or 0) > 0
     assert row.output_tokens == -(-len(said) // 4)
+
+
+def floods(server: Upstream, handler: Any) -> None:
+    """Says more than its caller's reader takes, until it is left."""
+    head(handler)
+    try:
+        while True:
+            send(handler, sse(delta("x" * 100_000), done=False))
+    except OSError:
+        server.left.set()
+    handler.close_connection = True
+
+
+def test_who_leaves_while_more_is_written_than_is_read_has_the_provider_stop(
+    reader: Reader, upstream: Any
+) -> None:
+    server = upstream(floods)
+    with server.asked_with():
+        with reader.say("How many?") as told:
+            assert next((n, d) for n, d in told if n)[0] == "chunk"
+            time.sleep(0.5)  # for all buffers to be full
+        left_at = time.monotonic()
+        assert server.left.wait(10)
+        assert time.monotonic() - left_at < 2
+        eventually(lambda: LLMRequest.objects.get().state == "cancelled")
 
 
 def test_what_the_provider_refuses_is_told_without_its_reasons(reader: Reader, wire: Wire) -> None:

@@ -27,9 +27,9 @@ class QuietHandler(WSGIRequestHandler):
 
 
 @contextmanager
-def wsgi() -> Iterator[str]:
+def wsgi(application: Any = None) -> Iterator[str]:
     server = ThreadedWSGIServer(("127.0.0.1", 0), QuietHandler)
-    server.set_app(get_wsgi_application())
+    server.set_app(application or get_wsgi_application())
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     try:
@@ -41,10 +41,9 @@ def wsgi() -> Iterator[str]:
 
 
 @contextmanager
-def asgi() -> Iterator[str]:
-    config = uvicorn.Config(
-        get_asgi_application(), port=0, lifespan="off", ws="none", log_level="warning"
-    )
+def asgi(application: Any = None) -> Iterator[str]:
+    application = application or get_asgi_application()
+    config = uvicorn.Config(application, port=0, lifespan="off", ws="none", log_level="warning")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -21,7 +21,7 @@ class Conversation {
     this.stop.addEventListener("click", () => this.leaving?.abort());
     this.text.addEventListener("keydown", (event) => this.key(event));
     document.addEventListener("visibilitychange", () => this.lookLater());
-    this.scroll();
+    this.toEnd();
     this.lookLater();
   }
 
@@ -38,38 +38,44 @@ class Conversation {
     const turn = this.turn.content.cloneNode(true).firstElementChild;
     const [said, answer] = turn.querySelectorAll(".llm-words");
     const note = turn.querySelector(".llm-note");
-    said.textContent = fields.get("said").trim();
+    const again = fields.get("said");
+    said.textContent = again.trim();
     this.log.querySelector(".llm-turns").append(turn);
-    this.scroll();
-    this.work(true);
+    this.text.value = "";
     this.status.textContent = "";
+    this.work(true);
+    this.toEnd();
     try {
       for await (const [name, told] of this.ask(fields)) {
         if (name === "chunk") {
-          if (!answer.firstChild) note.remove();
-          answer.append(told);
-          this.scroll();
+          note.remove();
+          this.atEnd(() => answer.append(told));
         } else if (name === "failed") {
-          this.status.textContent = told;
-        } else {
-          this.text.value = "";
+          this.fail(told, again);
         }
       }
     } catch (error) {
-      if (error.name === "AbortError") this.text.value = "";
-      else this.status.textContent = this.broken;
+      if (error.name !== "AbortError") this.fail(this.broken, again);
     }
     this.work(false);
     this.pause = FIRST_LOOK;
     await this.look();
-    this.text.focus();
+  }
+
+  fail(sentence, said) {
+    this.status.textContent = sentence;
+    this.text.value ||= said; // not to be typed again
   }
 
   work(is) {
     this.leaving = is ? new AbortController() : null;
-    this.stop.hidden = !is;
+    const { activeElement } = document;
+    const isOnButton = this.form.contains(activeElement) && activeElement !== this.text;
+    if (is) this.stop.hidden = false;
     this.log.setAttribute("aria-busy", is); // read out when it is whole, not word by word
-    for (const button of this.form.querySelectorAll("[name=way]")) button.disabled = is;
+    for (const button of this.form.querySelectorAll("[name=way]")) button.hidden = is;
+    if (isOnButton) (is ? this.stop : this.text).focus();
+    if (!is) this.stop.hidden = true;
   }
 
   async *ask(fields) {
@@ -114,9 +120,8 @@ class Conversation {
     if (this.leaving) return;
     if (response.status === 200 && response.headers.has("ETag") && !response.redirected) {
       this.etag = response.headers.get("ETag");
-      const isAtEnd = this.isAtEnd();
-      this.log.innerHTML = await response.text(); // of our own server, escaped there
-      if (isAtEnd) this.scroll(true);
+      const turns = await response.text();
+      this.atEnd(() => (this.log.innerHTML = turns)); // of our own server, escaped there
     }
     this.lookLater();
   }
@@ -128,13 +133,15 @@ class Conversation {
     this.pause = Math.min(this.pause * 1.5, LAST_LOOK);
   }
 
-  isAtEnd() {
-    return this.log.scrollHeight - this.log.scrollTop - this.log.clientHeight < 60;
+  // Who has scrolled up to read is left there.
+  atEnd(change) {
+    const isAtEnd = this.log.scrollHeight - this.log.scrollTop - this.log.clientHeight < 60;
+    change();
+    if (isAtEnd) this.toEnd();
   }
 
-  scroll(always = !this.wasRead) {
-    if (always || this.isAtEnd()) this.log.scrollTop = this.log.scrollHeight;
-    this.wasRead = true;
+  toEnd() {
+    this.log.scrollTop = this.log.scrollHeight;
   }
 }
 
