@@ -43,7 +43,9 @@ def wsgi(application: Any = None) -> Iterator[str]:
 @contextmanager
 def asgi(application: Any = None) -> Iterator[str]:
     application = application or get_asgi_application()
-    config = uvicorn.Config(application, port=0, lifespan="off", ws="none", log_level="warning")
+    config = uvicorn.Config(
+        application, port=0, lifespan="off", ws="none", log_level="warning", loop="asyncio"
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
