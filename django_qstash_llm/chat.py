@@ -13,6 +13,7 @@ import asyncio
 import json
 import os
 import ssl
+import threading
 import time
 from collections.abc import (
     AsyncGenerator,
@@ -58,9 +59,11 @@ KEPT_FOR = 30.0
 """Seconds that an unused connection is kept."""
 END_AGAIN_AFTER = (0.0, 0.1, 0.3, 1.0, 2.0)
 """Seconds after each failure to write down how a call ended, until it is tried again."""
-LAST_WORDS = 1.0
-"""Seconds that the end of a response may take once its stream has said ``[DONE]``; a connection is
-kept only if it was read to its end."""
+LAST_WORDS = 0.1
+"""Seconds that the end of a response is waited for once its stream has said ``[DONE]``; a connection
+is kept only if it was read to its end."""
+LOOK_AFTER = 2.0
+"""Seconds between two looks whether a request that is being streamed was cancelled meanwhile."""
 _NOT_TOLD = {
     *DROPPED_HEADERS,
     "connection",
@@ -110,7 +113,8 @@ class Call:
         self.told: Mapping[str, str] = {}
         with within:
             self._begin(transport_of)
-        self.deadline = time.monotonic() + self.seconds
+        now = time.monotonic()
+        self.deadline, self.look_at = now + self.seconds, now + LOOK_AFTER
 
     def _begin(self, transport_of: Callable[[Provider], Any]) -> None:
         conf, llm_request, is_streamed = app_settings(), self.llm_request, self.is_streamed
@@ -181,6 +185,22 @@ class Call:
             raise StreamBroken("too_large", f"the answer is over {LARGEST_ANSWER} bytes")
         if time.monotonic() > self.deadline:
             raise httpx.ReadTimeout(f"no whole answer within {self.seconds:g} s")
+
+    def is_time_to_look(self) -> bool:
+        now = time.monotonic()
+        is_time = now >= self.look_at
+        if is_time:
+            self.look_at = now + LOOK_AFTER
+        return is_time
+
+    def look(self, *, always: bool = False) -> None:
+        """Raise ``StreamBroken`` if the request was cancelled: nobody wants more of it. ``always``
+        as in ``let_go``."""
+        rows = LLMRequest.objects.using(self.using).submitted()
+        is_wanted = rows.filter(pk=self.llm_request.pk).exists()
+        self.let_go(always=always)
+        if not is_wanted:
+            raise StreamBroken("cancelled", "it was cancelled while the answer came")
 
     def answered(self, response: httpx.Response) -> None:
         conf = app_settings()
@@ -495,6 +515,7 @@ class Stream:
 def _read(call: Call, response: httpx.Response) -> Generator[Chunk | None, None, None]:
     """None, and then every chunk."""
     reader, pieces = call.reader(), _pieces(response)
+    ending: threading.Thread | None = None
     try:
         try:
             yield None
@@ -504,6 +525,8 @@ def _read(call: Call, response: httpx.Response) -> Generator[Chunk | None, None,
                 if reader.is_done:
                     break
                 call.check()
+                if call.is_time_to_look():
+                    call.look()
             for chunk in reader.end():
                 yield _without_keys(chunk)
         except httpx.HTTPError as error:
@@ -518,8 +541,20 @@ def _read(call: Call, response: httpx.Response) -> Generator[Chunk | None, None,
             call.interrupted(error, reader)
             raise
         call.complete_stream(reader)
+        # Who reads has all of it, and need not wait for a provider that is slow to hang up.
+        ending = threading.Thread(target=_read_to_its_end, args=(pieces, response), daemon=True)
+        ending.start()
+        ending.join(LAST_WORDS)
+    finally:
+        if ending is None:
+            response.close()
+
+
+def _read_to_its_end(pieces: Iterator[bytes], response: httpx.Response) -> None:
+    """What is not read to its end is not used again."""
+    try:
         with suppress(httpx.HTTPError):
-            next(pieces, None)  # its end: what is not read to it is not used again
+            next(pieces, None)
     finally:
         response.close()
 
@@ -613,6 +648,8 @@ async def _aread(call: Call, response: httpx.Response) -> AsyncGenerator[Chunk |
                 if reader.is_done:
                     break
                 call.check()
+                if call.is_time_to_look():
+                    await _written(call.look, always=True)
             for chunk in reader.end():
                 yield _without_keys(chunk)
         except httpx.HTTPError as error:

@@ -685,6 +685,73 @@ def test_reader_who_leaves_has_the_provider_stop(upstream: Any) -> None:
     assert (only_row().state, only_row().completion) == ("cancelled", "Forty")
 
 
+def test_last_word_does_not_wait_for_the_connection_to_end(upstream: Any) -> None:
+    is_over = threading.Event()
+
+    def lingers(server: Upstream, handler: BaseHTTPRequestHandler) -> None:
+        head(handler)
+        send(handler, STREAM)
+        is_over.wait(20)
+        handler.wfile.write(b"0\r\n\r\n")
+
+    server = upstream(lingers)
+    with server.asked_with():
+        begun_at = time.monotonic()
+        assert len(list(LLMRequest.objects.stream(ASK))) == 4
+        assert time.monotonic() - begun_at < 2
+        assert only_row().state == "completed"
+        is_over.set()
+
+
+def trickles(server: Upstream, handler: BaseHTTPRequestHandler) -> None:
+    """A word every 50 ms, until its caller has hung up."""
+    head(handler)
+    try:
+        while True:
+            send(handler, sse(delta("Forty"), done=False))
+            time.sleep(0.05)
+    except OSError:
+        server.left.set()
+    handler.close_connection = True
+
+
+def test_stream_of_a_cancelled_request_is_left(upstream: Any) -> None:
+    server = upstream(trickles)
+    with server.asked_with():
+        stream = LLMRequest.objects.stream(ASK)
+        next(stream)
+        LLMRequest.objects.get().cancel()
+        with pytest.raises(ChatFailed) as caught:
+            list(stream)
+        assert server.left.wait(2)
+    row = only_row()
+    assert (caught.value.code, row.state, row.completion) == ("cancelled", "cancelled", "")
+    assert row.usage["estimated"] is True
+    assert row.output_tokens
+
+
+def test_async_stream_of_a_cancelled_request_is_left(upstream: Any) -> None:
+    server = upstream(trickles)
+
+    async def ask() -> None:
+        async with await LLMRequest.objects.astream(ASK) as stream:
+            await anext(stream)
+            await sync_to_async(stream.llm_request.cancel)()
+            async for _ in stream:
+                pass
+
+    async def ask_and_close() -> None:
+        try:
+            await ask()
+        finally:
+            await chat.aclose()
+
+    with server.asked_with(), pytest.raises(ChatFailed) as caught:
+        async_to_sync(ask_and_close)()
+    assert server.left.wait(2)
+    assert (caught.value.code, only_row().state) == ("cancelled", "cancelled")
+
+
 def test_stream_that_says_nothing_more_is_stalled(upstream: Any) -> None:
     server = upstream(hangs)
     with server.asked_with(CHAT_READ_TIMEOUT=0.2), pytest.raises(ChatFailed) as caught:
