@@ -17,6 +17,7 @@ from django.contrib.auth.models import User
 from django.contrib.staticfiles.handlers import ASGIStaticFilesHandler, StaticFilesHandler
 from django.core.asgi import get_asgi_application
 from django.core.wsgi import get_wsgi_application
+from django.db import connections
 from django.http import HttpRequest, HttpResponse
 from django.test import Client
 
@@ -60,6 +61,8 @@ def browser(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
         browser.close()
+        # Beside a loop the test has a connection of its own, which nobody else would close.
+        connections.close_all()
 
 
 @pytest.fixture(params=["wsgi", "asgi"])
