@@ -15,9 +15,11 @@ import os
 import ssl
 import threading
 import time
+from collections import deque
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
+    Awaitable,
     Callable,
     Generator,
     Iterator,
@@ -27,7 +29,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache, partial
-from typing import Any, ParamSpec, Self, TypeVar, cast
+from typing import Any, Generic, ParamSpec, Self, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import httpx
@@ -51,12 +53,16 @@ from .streams import Chunk, StreamBroken, StreamReader
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Transport = TypeVar("Transport")
 Within = AbstractContextManager[object]
 Bill = Callable[[LLMRequest, Changes], LedgerEntry | None]
 _NOTHING: Within = nullcontext()
 
 KEPT_FOR = 30.0
 """Seconds that an unused connection is kept."""
+MOST_KEPT = 100
+"""Unused connections to a provider that are kept. Used there are as many as there are calls: who waits
+for a model holds its connection for minutes."""
 END_AGAIN_AFTER = (0.0, 0.1, 0.3, 1.0, 2.0)
 """Seconds after each failure to write down how a call ended, until it is tried again."""
 LAST_WORDS = 0.1
@@ -799,9 +805,128 @@ def _without_keys(chunk: Chunk) -> Chunk:
 # Reading a URL takes a tenth of a call, and most calls are to the same few.
 _url = lru_cache(maxsize=64)(httpx.URL)
 
-_pools: dict[tuple[int, str], httpx.HTTPTransport] = {}
+
+class _Unused(Generic[Transport]):
+    """Connections to a provider that nobody uses, each in a transport of its own.
+
+    httpx's own pool asks each of them whether it is still there whenever one is wanted and whenever
+    one is given back: with sixteen that takes twice as long as the call. Here the last that was given
+    back is taken, and the first goes when its time is over.
+    """
+
+    def __init__(self) -> None:
+        self._kept: deque[tuple[float, Transport]] = deque()
+        self._is_over = False
+
+    def take(self) -> Transport | None:
+        with suppress(IndexError):
+            return self._kept.pop()[1]
+        return None
+
+    def give_back(self, transport: Transport) -> list[Transport]:
+        """Those that are to be closed."""
+        if self._is_over:
+            return [transport]
+        now = time.monotonic()
+        self._kept.append((now, transport))
+        closed: list[Transport] = []
+        with suppress(IndexError):  # other threads take them
+            while self._kept[0][0] < now - KEPT_FOR or len(self._kept) > MOST_KEPT:
+                closed.append(self._kept.popleft()[1])
+        return closed
+
+    def end(self) -> list[Transport]:
+        """The same: all, and whatever is given back from now on."""
+        self._is_over = True
+        closed = []
+        while (transport := self.take()) is not None:
+            closed.append(transport)
+        return closed
+
+
+class _Pool(httpx.BaseTransport):
+    def __init__(self) -> None:
+        self._unused: _Unused[httpx.HTTPTransport] = _Unused()
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        transport = self._unused.take() or httpx.HTTPTransport(**_how())
+        try:
+            response = transport.handle_request(request)
+        except BaseException:
+            transport.close()
+            raise
+        give_back = partial(self._give_back, transport)
+        response.stream = _Lent(cast(httpx.SyncByteStream, response.stream), give_back)
+        return response
+
+    def _give_back(self, transport: httpx.HTTPTransport) -> None:
+        for each in self._unused.give_back(transport):
+            each.close()
+
+    def close(self) -> None:
+        for each in self._unused.end():
+            each.close()
+
+
+class _Lent(httpx.SyncByteStream):
+    """A response over a connection that is given back when it is closed, which httpx does once."""
+
+    def __init__(self, stream: httpx.SyncByteStream, give_back: Callable[[], None]) -> None:
+        self._stream, self._give_back = stream, give_back
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._stream)
+
+    def close(self) -> None:
+        try:
+            self._stream.close()
+        finally:
+            self._give_back()
+
+
+class _AsyncPool(httpx.AsyncBaseTransport):
+    def __init__(self) -> None:
+        self._unused: _Unused[httpx.AsyncHTTPTransport] = _Unused()
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        transport = self._unused.take() or httpx.AsyncHTTPTransport(**_how())
+        try:
+            response = await transport.handle_async_request(request)
+        except BaseException:
+            await transport.aclose()
+            raise
+        give_back = partial(self._give_back, transport)
+        response.stream = _AsyncLent(cast(httpx.AsyncByteStream, response.stream), give_back)
+        return response
+
+    async def _give_back(self, transport: httpx.AsyncHTTPTransport) -> None:
+        for each in self._unused.give_back(transport):
+            await each.aclose()
+
+    async def aclose(self) -> None:
+        for each in self._unused.end():
+            await each.aclose()
+
+
+class _AsyncLent(httpx.AsyncByteStream):
+    def __init__(
+        self, stream: httpx.AsyncByteStream, give_back: Callable[[], Awaitable[None]]
+    ) -> None:
+        self._stream, self._give_back = stream, give_back
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return aiter(self._stream)
+
+    async def aclose(self) -> None:
+        try:
+            await self._stream.aclose()
+        finally:
+            await self._give_back()
+
+
+_pools: dict[tuple[int, str], _Pool] = {}
 """By process and provider: a forked child must not share its parent's sockets."""
-_async_pools: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, httpx.AsyncHTTPTransport]]
+_async_pools: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, _AsyncPool]]
 _async_pools = WeakKeyDictionary()
 
 
@@ -813,7 +938,7 @@ def _transport(provider: Provider) -> httpx.BaseTransport:
     key = os.getpid(), provider.name
     if key not in _pools:
         # Of two threads that come here at once both get the same one.
-        _pools.setdefault(key, httpx.HTTPTransport(verify=_ssl_context(), limits=_limits()))
+        _pools.setdefault(key, _Pool())
     return _pools[key]
 
 
@@ -824,10 +949,7 @@ def _given_to_loops(provider: Provider) -> httpx.AsyncBaseTransport | None:
 def _kept_by_loop(provider: Provider) -> httpx.AsyncBaseTransport:
     """The same of the event loop that is running, which alone can use it."""
     pools = _async_pools.setdefault(asyncio.get_running_loop(), {})
-    if provider.name not in pools:
-        pool = httpx.AsyncHTTPTransport(verify=_ssl_context(), limits=_limits())
-        pools.setdefault(provider.name, pool)
-    return pools[provider.name]
+    return pools.setdefault(provider.name, _AsyncPool())
 
 
 def _given(kind: type) -> Any:
@@ -845,11 +967,8 @@ def _ssl_context() -> ssl.SSLContext:
     return httpx.create_ssl_context(trust_env=False)
 
 
-def _limits() -> httpx.Limits:
-    # As many as there are calls: who waits for a model holds its connection for minutes.
-    return httpx.Limits(
-        max_connections=None, max_keepalive_connections=100, keepalive_expiry=KEPT_FOR
-    )
+def _how() -> dict[str, Any]:
+    return {"verify": _ssl_context(), "limits": httpx.Limits(keepalive_expiry=KEPT_FOR)}
 
 
 def close() -> None:
