@@ -393,7 +393,7 @@ class Size:
 
 
 QUICK = Size(rounds=2, calls=60, seconds=1.0, streams=8)
-FULL = Size(rounds=5, calls=150, seconds=3.0, streams=20)
+FULL = Size(rounds=4, calls=150, seconds=2.0, streams=12)
 
 
 def compete(contenders: list[Contender], size: Size) -> None:
