@@ -8,8 +8,8 @@ from .budget import BudgetAdmin
 from .callback import CallbackResponseAdmin
 from .circuit import CircuitAdmin
 from .conversation import ConversationAdmin
-from .file import FileAdmin
 from .cost_column import CostColumn
+from .file import FileAdmin
 from .lane import LaneAdmin
 from .ledger import LedgerEntryAdmin
 from .price import PriceAdmin
@@ -23,8 +23,8 @@ __all__ = [
     "CallbackResponseAdmin",
     "CircuitAdmin",
     "ConversationAdmin",
-    "FileAdmin",
     "CostColumn",
+    "FileAdmin",
     "LLMRequestAdmin",
     "LaneAdmin",
     "LedgerEntryAdmin",

@@ -20,7 +20,15 @@ from decimal import Decimal, InvalidOperation
 from typing import Any, Self
 
 from django.conf import settings
-from django.db import IntegrityError, InterfaceError, OperationalError, connections, models, router, transaction
+from django.db import (
+    IntegrityError,
+    InterfaceError,
+    OperationalError,
+    connections,
+    models,
+    router,
+    transaction,
+)
 from django.db.models import Count, F, Max, Q
 from django.db.models.signals import post_migrate
 from django.utils import timezone
