@@ -27,6 +27,8 @@ def clean_text(text: str, *, limit: int | None = None) -> str:
 
 def clean_json(value: Any, depth: int = 0) -> Any:
     """``value``, decoded JSON, so that JSONField takes it on every database."""
+    if type(value) is str:  # nearly all of it
+        return value if value.isascii() and "\x00" not in value else clean_text(value)
     if isinstance(value, str):
         return clean_text(value)
     if isinstance(value, bool) or value is None:

@@ -205,8 +205,15 @@ class AppSettings:
     def may_hold_secrets(self, value: Any) -> bool:
         """Whether text in ``value`` needs to be looked at: a look at all of it at once is a tenth of
         the work, and every callback is looked at."""
+        if self._is_any_secret_hidden:
+            return True
         text = repr(value)
-        return any(secret in text or not _is_itself(secret) for secret in self.secrets)
+        return any(secret in text for secret in self.secrets)
+
+    @cached_property
+    def _is_any_secret_hidden(self) -> bool:
+        """By ``repr``, which writes some characters in another way."""
+        return not all(map(_is_itself, self.secrets))
 
     def _blacked_out(self, value: Any) -> Any:
         if isinstance(value, str):
