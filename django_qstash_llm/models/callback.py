@@ -165,7 +165,9 @@ class CallbackResponseQuerySet(models.QuerySet["CallbackResponse"]):
     ) -> bool:
         """Read it and write what it changes, unless ``llm_request`` is not so, or not so any more."""
         using, is_supposed = self.db, llm_request is not None and llm_request.pk is None
-        receipt.llm_request = llm_request
+        # What ``receipt.llm_request = …`` comes to, asking no router.
+        receipt.llm_request_id = llm_request.pk if llm_request else None
+        receipt._state.fields_cache["llm_request"] = llm_request
         changes = receipt.read(callback, now=receipt.received_at)
         if is_supposed and changes.get("state") != State.COMPLETED:
             return False

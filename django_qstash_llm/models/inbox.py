@@ -223,7 +223,7 @@ def _in_one_statement(
     entered: Entered | None = None
     if entry is not None:
         columns, as_usual, more = _stored(entry, using, without=_OF_ROW)
-        entered, values = (type(entry), columns, as_usual), [*values, *more]
+        entered, values = (type(entry), columns, as_usual), [*more, *values]
     sql = _statement(
         type(receipt), stored, usual, type(row), names, known, nulls, to_learn, entered, using
     )
@@ -259,14 +259,14 @@ def _write_and_insert(
     for row in rows:
         stored, usual, given = _stored(row, using)
         inserts.append((_insert(type(row), stored, usual, using, returning=False), given))
-    with _cursor(using) as cursor:
+    with _cursor(connection) as cursor:
         cursor.execute("BEGIN IMMEDIATE")
         try:
-            cursor.execute(_for_driver(update, using), values)
+            cursor.execute(_for_driver(update, connection), values)
             is_as_it_was = bool(cursor.rowcount)
             if is_as_it_was:
                 for row, (sql, given) in zip(rows, inserts, strict=True):
-                    cursor.execute(_for_driver(sql, using), given)
+                    cursor.execute(_for_driver(sql, connection), given)
                     row.pk = cursor.lastrowid
             connection.commit()
         except BaseException:
@@ -288,44 +288,43 @@ _AT_ONCE = {"postgresql": _in_one_statement, "sqlite": _in_a_short_transaction}
 
 def _fetch(sql: str, values: Sequence[Any], using: str) -> Any:
     """The first row of what it answers; None where there is none."""
-    with _cursor(using) as cursor:
-        cursor.execute(_for_driver(sql, using), values)
+    connection = connections[using]
+    with _cursor(connection) as cursor:
+        cursor.execute(_for_driver(sql, connection), values)
         return cursor.fetchone()
 
 
 def _write(sql: str, values: Sequence[Any], using: str) -> int:
     """How many rows it has changed."""
-    with _cursor(using) as cursor:
-        cursor.execute(_for_driver(sql, using), values)
+    connection = connections[using]
+    with _cursor(connection) as cursor:
+        cursor.execute(_for_driver(sql, connection), values)
         rows: int = cursor.rowcount
         return rows
 
 
-def _cursor(using: str) -> Any:
+def _cursor(connection: Any) -> Any:
     """The driver's own in Django's wrapper. Django's would write the values into PostgreSQL's text,
     and look for SQLite's marks, at every call."""
-    connection = connections[using]
     connection.ensure_connection()
-    raw: Any = connection.connection
     with connection.wrap_database_errors:
         if connection.vendor == "postgresql" and Cursor is not None:
-            cursor: Any = Cursor(raw)
+            cursor: Any = Cursor(connection.connection)
             if connection.queries_logged:
                 return connection.make_debug_cursor(cursor)
             return connection.make_cursor(cursor)
-        if _takes_question_marks(using):
-            return connection.make_cursor(raw.cursor())
+        if _takes_question_marks(connection):
+            return connection.make_cursor(connection.connection.cursor())
     return connection.cursor()
 
 
-def _takes_question_marks(using: str) -> bool:
-    connection = connections[using]
+def _takes_question_marks(connection: Any) -> bool:
     # What is logged is logged as Django writes it.
     return connection.vendor == "sqlite" and not connection.queries_logged
 
 
-def _for_driver(sql: str, using: str) -> str:
-    return _with_question_marks(sql) if _takes_question_marks(using) else sql
+def _for_driver(sql: str, connection: Any) -> str:
+    return _with_question_marks(sql) if _takes_question_marks(connection) else sql
 
 
 @lru_cache(maxsize=256)
@@ -412,9 +411,11 @@ def _prepared(
     model: type[models.Model], names: tuple[str, ...], values: Iterable[Any], using: str
 ) -> list[Any]:
     """As the ORM does it, without asking a field for which there is nothing to do."""
-    prepared, connection = list(values), connections[using]
-    for index, field in _to_prepare(model, names, using):
-        prepared[index] = field.get_db_prep_save(prepared[index], connection)
+    prepared = list(values)
+    if to_prepare := _to_prepare(model, names, using):
+        connection = connections[using]
+        for index, field in to_prepare:
+            prepared[index] = field.get_db_prep_save(prepared[index], connection)
     return prepared
 
 
@@ -526,8 +527,12 @@ def _statement(
     to and fro, during which the row is locked."""
     quote = connections[using].ops.quote_name
     columns, marks = _marks(receipt, stored, usual, using, _OF_REQUEST)
-    guards = " AND ".join(
-        f"{_column(row, name, using)} {'IS NULL' if name in nulls else '= %s'}" for name in known
+    key, *others = known
+    # What the key finds is to be looked at, and no index over "submitted": of how many there are the
+    # planner knows what was true a while ago.
+    guards = "".join(
+        f" AND {_column(row, name, using)} " + ("IS NULL" if name in nulls else "|| '' = %s")
+        for name in others
     )
     learned: Any = row._meta.get_field(to_learn)
     read = entering = ""
@@ -537,12 +542,12 @@ def _statement(
     return f"""
         WITH changed AS (
             UPDATE {quote(row._meta.db_table)} SET {_sets(row, names, using)}
-            WHERE {guards} RETURNING id, {quote(learned.column)} AS learned {read}
-        ), stored AS (
-            INSERT INTO {quote(receipt._meta.db_table)} ({columns})
-            SELECT {marks} FROM changed RETURNING id
+            WHERE {_column(row, key, using)} = %s{guards}
+            RETURNING id, {quote(learned.column)} AS learned {read}
         ){entering}
-        SELECT stored.id, changed.id, changed.learned FROM stored, changed
+        INSERT INTO {quote(receipt._meta.db_table)} ({columns})
+        SELECT {marks} FROM changed
+        RETURNING id, {quote(_LINK)}, (SELECT learned FROM changed)
     """  # noqa: S608 - the models' own names
 
 

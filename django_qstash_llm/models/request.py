@@ -1015,8 +1015,7 @@ class LLMRequest(OverTheWire, models.Model):
         return bool(self.trigger) or signal.has_listeners(LLMRequest)
 
     def _take_over(self, changes: Changes) -> None:
-        for name, value in changes.items():
-            setattr(self, name, value)
+        self.__dict__.update(changes)  # columns, and none that names another row
 
     def _change(self, states: Iterable[State], **changes: Any) -> bool:
         """Whether the row, which nobody has locked, was in one of ``states`` and is changed now."""
