@@ -13,6 +13,7 @@ import re
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 LEAST_SHARE = 0.6
@@ -120,7 +121,9 @@ def weigh(text: str) -> Weight:
     return Weight(weight.likely * share, weight.most * share)
 
 
+@lru_cache(maxsize=64)
 def _weigh(text: str) -> Weight:
+    """Kept, because the same instructions stand before many questions. Not to be added to."""
     if text.isascii():
         likely = _of_ascii(text.encode())
         return Weight(likely, likely * _MOST_TIMES)
