@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 CHAT = "chat"
 """The answer of a chat: one row is one call."""
+BY_HAND = "by hand"
+"""That of a row which nobody answered here, as of an import."""
 MOST_TOKENS = 10**12
 """Of one answer. No model has a millionth of it, and sums have to fit their columns."""
 TOKENS = (
@@ -163,22 +165,29 @@ class LedgerEntryQuerySet(models.QuerySet["LedgerEntry"]):
         return entry
 
     def price(
-        self, uuid: uuids.UUID, cost: Cost, *, is_useful: bool, now: datetime
+        self, llm_request: LLMRequest, usage: Usage, cost: Cost, *, is_useful: bool, now: datetime
     ) -> LedgerEntry | None:
-        """Enter what the first unpriced answer of a request turns out to have cost. None where all of
-        them are priced.
+        """Enter what the first unpriced answer of a request turns out to have cost; of one that has no
+        entry, since it was written by hand, all of it. None where all of them are priced.
 
         In a transaction that has locked the request.
         """
         self._for_write = True
         of_each: dict[str, list[LedgerEntry]] = {}
-        for entry in self.filter(uuid=uuid).order_by("number", "id"):
+        for entry in self.filter(uuid=llm_request.uuid).order_by("number", "id"):
             of_each.setdefault(entry.answer, []).append(entry)
+        if not of_each:
+            at = llm_request.finished_at or now
+            late = LedgerEntry.of_answer(
+                llm_request, answer=BY_HAND, usage=usage, cost=cost, at=at, is_useful=is_useful
+            )
+            inbox.insert(late, using=self.db)
+            return late
         for told in of_each.values():
             if sum(entry.unpriced for entry in told) > 0:
                 late = inbox.new(
                     self.model,
-                    uuid=uuid,
+                    uuid=llm_request.uuid,
                     answer=told[0].answer,
                     number=told[-1].number + 1,
                     at=told[0].at,

@@ -811,7 +811,7 @@ class LLMRequest(OverTheWire, models.Model):
                 return False
             is_useful = self.state == State.COMPLETED
             entries = LedgerEntry.objects.using(using)
-            entries.price(self.uuid, cost, is_useful=is_useful, now=timezone.now())
+            entries.price(self, self.counted, cost, is_useful=is_useful, now=timezone.now())
         self._take_over(late)
         return True
 

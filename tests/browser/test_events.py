@@ -13,6 +13,9 @@ from django.test import AsyncRequestFactory, RequestFactory
 from django_qstash_llm.browser import events
 from django_qstash_llm.browser.events import Tell, respond
 
+# A response that ends has Django see to its connections.
+pytestmark = pytest.mark.django_db
+
 WSGI, ASGI = RequestFactory().get("/"), AsyncRequestFactory().get("/")
 
 
