@@ -22,7 +22,7 @@ from django.db.models.base import ModelState
 from .money import USDField
 
 try:
-    from psycopg import Cursor
+    from psycopg import Cursor, adapters, pq
 except ImportError:  # psycopg2, or no PostgreSQL at all
     Cursor: Any = None  # type: ignore[no-redef]
 
@@ -308,7 +308,7 @@ def _cursor(connection: Any) -> Any:
     and look for SQLite's marks, at every call."""
     connection.ensure_connection()
     with connection.wrap_database_errors:
-        if connection.vendor == "postgresql" and Cursor is not None:
+        if connection.vendor == "postgresql" and Cursor is not None and _tells_time(connection):
             cursor: Any = Cursor(connection.connection)
             if connection.queries_logged:
                 return connection.make_debug_cursor(cursor)
@@ -316,6 +316,15 @@ def _cursor(connection: Any) -> Any:
         if _takes_question_marks(connection):
             return connection.make_cursor(connection.connection.cursor())
     return connection.cursor()
+
+
+def _tells_time(connection: Any) -> bool:
+    """Whether the driver hands moments out in the time zone that Django wants them in: as a connection
+    does that was opened under the settings there are now. Else Django's cursor sees to that."""
+    loader: Any = connection.connection.adapters.get_loader(
+        adapters.types["timestamptz"].oid, pq.Format.TEXT
+    )
+    return bool(loader.timezone == connection.timezone)
 
 
 def _takes_question_marks(connection: Any) -> bool:

@@ -6,7 +6,6 @@ later, a price say, is an entry of its own that holds the difference. Deleting a
 
 from __future__ import annotations
 
-import uuid as uuids
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
