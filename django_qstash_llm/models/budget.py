@@ -8,11 +8,12 @@ long as no request costs more than the most that was expected of it.
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, time, timedelta
-from decimal import Decimal, InvalidOperation
+from decimal import ROUND_CEILING, Decimal, InvalidOperation
 from typing import Any, Protocol, Self
 from zoneinfo import ZoneInfo, available_timezones
 
@@ -29,9 +30,14 @@ from ..exceptions import BudgetExceeded
 from ..pricing import WorstCosts
 from .doorbell import Bell, ring_on_commit
 from .ledger import LedgerEntry
-from .money import MOST, USDField, units, usd
+from .money import MOST, STEP, USDField, units, usd
 from .request import LLMRequest
 
+logger = logging.getLogger(__name__)
+
+TOO_MUCH = MOST + 1
+"""USD: more than any budget's amount."""
+_CANNOT_BE_WEIGHED = (AttributeError, TypeError, ValueError, ArithmeticError)
 PIECES = 48
 """Into which a rolling window is cut. What was spent leaves it a piece at a time, never too early."""
 
@@ -108,13 +114,19 @@ def places(
     return found
 
 
+def _labels(llm_request: Spending) -> tuple[str, ...]:
+    """Without what is no label, where nobody has checked it."""
+    given = llm_request.labels
+    return tuple(x for x in given if isinstance(x, str)) if isinstance(given, list | tuple) else ()
+
+
 def places_of(llm_request: Spending) -> set[Place]:
     return places(
         provider=llm_request.provider,
         model=llm_request.model,
         tenant=llm_request.tenant,
         user=llm_request.user_id,
-        labels=llm_request.labels,
+        labels=_labels(llm_request),
         api_key=llm_request.api_key_id,
     )
 
@@ -153,9 +165,7 @@ class BudgetQuerySet(models.QuerySet["Budget"]):
         # Before anything is locked: of a thousand requests it takes longer than all the rest.
         costs = WorstCosts(at=now)
         for wish in wishes:
-            wish.most = costs.of(
-                wish.of.provider, wish.of.model, wish.of.messages, wish.of.parameters
-            )
+            wish.weigh(costs)
         refused = self._reserve(wishes, keys, now)
         if refused:
             from .settlement import settle  # it knows what is reserved here
@@ -192,8 +202,10 @@ class BudgetQuerySet(models.QuerySet["Budget"]):
                     refused[pk] = problem
                     continue
                 for account in concerned:
-                    account.reserved += most or 0
-                    made.append((account.budget.pk, pk, units(most or Decimal(0))))
+                    # One that only alerts lets any number pass: of more than fits is held what fits.
+                    held_of_it = min(most or Decimal(0), MOST - account.reserved)
+                    account.reserved += held_of_it
+                    made.append((account.budget.pk, pk, units(held_of_it)))
             reservations.make(made)
             for account in accounts:
                 if more := account.reserved - account.budget.reserved:
@@ -210,6 +222,18 @@ class _Wish:
     most: Decimal | None = None
     """USD that it may cost; None where no price is known."""
 
+    def weigh(self, costs: WorstCosts) -> None:
+        of = self.of
+        try:
+            most = costs.of(of.provider, of.model, of.messages, of.parameters)
+        except _CANNOT_BE_WEIGHED as error:
+            # Nobody has checked it (``bulk_create``), and all others are submitted with it.
+            logger.warning("Request %s cannot be weighed: %s", of.pk, type(error).__name__)
+            return
+        if most is not None:
+            # No budget holds more than this, and no column. Up, to what is held and let go of.
+            self.most = min(most, TOO_MUCH).quantize(STEP, ROUND_CEILING)
+
 
 def _places(llm_request: Spending, known: dict[Any, set[Place]]) -> set[Place]:
     """As ``places_of``, once for all that are alike."""
@@ -219,7 +243,7 @@ def _places(llm_request: Spending, known: dict[Any, set[Place]]) -> set[Place]:
         llm_request.tenant,
         llm_request.user_id,
         llm_request.api_key_id,
-        tuple(llm_request.labels),
+        _labels(llm_request),
     )
     if key not in known:
         known[key] = places_of(llm_request)

@@ -18,6 +18,7 @@ from django_qstash_llm.completions import Usage
 from django_qstash_llm.exceptions import BudgetExceeded
 from django_qstash_llm.models import Budget, LedgerEntry, LLMRequest, Spend
 from django_qstash_llm.models.budget import Alert, Reservation, Tally
+from django_qstash_llm.models.money import MOST as MOST_USD
 from django_qstash_llm.models.outbox import Outbox
 from django_qstash_llm.models.settlement import settle
 from django_qstash_llm.pricing import Cost, worst_cost
@@ -316,6 +317,65 @@ def test_a_dead_letter_is_retried_only_where_there_is_room(
     row.retry_dead_letter()
     assert row.state == "submitted"
     assert reserved() == most()
+
+
+# --- what one request asks for harms no other ---
+
+
+@pytest.mark.parametrize("action", ["refuse", "alert"])
+@pytest.mark.parametrize("asked", [{"n": 2**62}, {"n": 1}], ids=["many", "one"])
+def test_a_request_of_absurd_size_keeps_nobody_from_being_submitted(
+    outbox: Outbox, action: str, asked: dict[str, Any]
+) -> None:
+    make(100, action=action)
+    absurd = [ask(max_completion_tokens=2**62, **asked) for _ in range(3)]
+    ask()
+    outbox.submit()
+    expected = "failed" if action == "refuse" else "submitted"
+    assert states() == [expected] * 3 + ["submitted"]
+    assert reserved() <= MOST_USD
+    for row in absurd:
+        row.refresh_from_db()
+        assert action == "alert" or row.error_code == "budget_exceeded"
+        LLMRequest.objects.filter(pk=row.pk).update(state="failed")
+    settle()
+    assert reserved() == (most() if action == "refuse" else 0)  # all that fitted was held
+
+
+@pytest.mark.parametrize(
+    "malformed",
+    [
+        {"messages": ["no message"]},
+        {"parameters": []},
+        {"labels": [["a", "list"]]},
+        {"labels": 5},
+    ],
+    ids=["messages", "parameters", "list", "number"],
+)
+def test_a_row_that_nobody_can_weigh_keeps_nobody_from_being_submitted(
+    outbox: Outbox, malformed: dict[str, Any]
+) -> None:
+    """``bulk_create`` goes round all checks."""
+    make(100)
+    whole = {"provider": "openai", "model": "gpt-5.4-mini", "messages": MESSAGES}
+    LLMRequest.objects.bulk_create([LLMRequest(**(whole | malformed))])
+    ask()
+    outbox.submit()
+    assert states() == ["failed", "submitted"]
+
+
+def test_what_is_held_and_let_go_is_the_same_to_the_last_digit(
+    outbox: Outbox, settings: Any
+) -> None:
+    odd = {"openai/gpt-5.4-mini": {"input": "0.00000003", "output": "0.00000007"}}
+    settings.QSTASH_LLM = settings.QSTASH_LLM | {"PRICES": odd}
+    make(1)
+    for _ in range(7):
+        ask()
+    outbox.submit()
+    LLMRequest.objects.update(state="failed")
+    settle()
+    assert reserved() == 0
 
 
 # --- chats ---
