@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, time, timedelta
 from decimal import ROUND_CEILING, Decimal, InvalidOperation
@@ -20,7 +20,7 @@ from zoneinfo import ZoneInfo, available_timezones
 from django.conf import settings
 from django.core.exceptions import ValidationError
 from django.core.validators import validate_email
-from django.db import connections, models, transaction
+from django.db import DatabaseError, connections, models, transaction
 from django.db.models import F, Q, Sum
 from django.utils import timezone
 from django.utils.translation import gettext_lazy as _
@@ -31,7 +31,7 @@ from ..pricing import WorstCosts
 from .doorbell import Bell, ring_on_commit
 from .ledger import LedgerEntry
 from .money import MOST, STEP, USDField, units, usd
-from .request import LLMRequest
+from .request import UNFINISHED, LLMRequest
 
 logger = logging.getLogger(__name__)
 
@@ -156,29 +156,65 @@ class BudgetQuerySet(models.QuerySet["Budget"]):
         What is held for one already stays as it is. Once more after settling what has ended, where one does not fit.
         """
         self._for_write = True
+        wishes, keys = self._wishes(llm_requests, now)
+        refused = self._reserve(wishes, keys, now)
+        if refused:
+            self._settle()
+            again = [wish for wish in wishes if wish.of.pk in refused]
+            refused = self._reserve(again, keys, now)
+        return refused
+
+    def hold(self, write: Callable[[], Spending], *, now: datetime) -> None:
+        """Reserve for the one that ``write`` writes, in one transaction with that. Raises the
+        ``BudgetExceeded`` of a budget that refuses it, and then nothing is written.
+
+        What has ended is settled between two such transactions, and not in one: who settles locks what
+        was answered before the budgets.
+        """
+        self._for_write = True
+        for is_settled in (False, True):
+            try:
+                with transaction.atomic(using=self.db):
+                    llm_request = write()
+                    wishes, keys = self._wishes([llm_request], now)
+                    if refused := self._reserve(wishes, keys, now):
+                        raise refused[llm_request.pk]
+                    return
+            except BudgetExceeded:
+                if is_settled:
+                    raise
+            self._settle()
+
+    def _settle(self) -> None:
+        from .settlement import settle  # it knows what is reserved here
+
+        try:
+            settle(self.db)
+        except DatabaseError:
+            # Then it stays refused, and nobody else waits for that.
+            logger.exception("What was answered could not be settled")
+
+    def _wishes(
+        self, llm_requests: Sequence[Spending], now: datetime
+    ) -> tuple[list[_Wish], list[int]]:
+        """With the keys of the budgets that they fall under."""
         known: dict[Any, set[Place]] = {}
         wishes = [_Wish(each, _places(each, known)) for each in llm_requests]
         found = self.over(set().union(*known.values())).order_by("pk")
         keys = list(found.values_list("pk", flat=True))
-        if not keys:
-            return {}
-        # Before anything is locked: of a thousand requests it takes longer than all the rest.
-        costs = WorstCosts(at=now)
-        for wish in wishes:
-            wish.weigh(costs)
-        refused = self._reserve(wishes, keys, now)
-        if refused:
-            from .settlement import settle  # it knows what is reserved here
-
-            if settle(self.db):
-                again = [wish for wish in wishes if wish.of.pk in refused]
-                refused = self._reserve(again, keys, now)
-        return refused
+        if keys:
+            # Before anything is locked: of a thousand requests it takes longer than all the rest.
+            costs = WorstCosts(at=now)
+            for wish in wishes:
+                wish.weigh(costs)
+        return wishes, keys
 
     def _reserve(
         self, wishes: Sequence[_Wish], keys: Sequence[int], now: datetime
     ) -> dict[Any, BudgetExceeded]:
         refused: dict[Any, BudgetExceeded] = {}
+        if not keys:
+            return refused
         made: list[tuple[int, Any, int]] = []
         reservations = Reservation.objects.using(self.db)
         with transaction.atomic(using=self.db):
@@ -560,15 +596,20 @@ class ReservationQuerySet(models.QuerySet["Reservation"]):
             else:
                 cursor.executemany(f"{into} VALUES (%s, %s, %s)", made)
 
+    def over(self) -> Self:
+        """Those of what has ended, or was deleted."""
+        return self.filter(Q(llm_request=None) | ~Q(llm_request__state__in=UNFINISHED))
+
     def let_go(self, keys: Sequence[int]) -> dict[int, Decimal]:
-        """Delete those of ``keys`` that are still there; what that frees of each budget, by its key.
-        The budgets are locked, so that nobody else lets go of them at the same time."""
+        """Delete those of ``keys`` that are still there, and of what is not asked again since; what that
+        frees of each budget, by its key. The budgets are locked, so that nobody else lets go of them, or
+        relies on them, at the same time."""
         sums: dict[int, Decimal] = defaultdict(Decimal)
-        there = self.filter(pk__in=keys)
-        for budget_id, amount in there.values_list("budget_id", "amount"):
+        there = list(self.over().filter(pk__in=keys).values_list("pk", "budget_id", "amount"))
+        for _, budget_id, amount in there:
             sums[budget_id] += amount
-        if sums:
-            there._raw_delete(self.db)
+        if there:
+            self.filter(pk__in=[pk for pk, _, _ in there])._raw_delete(self.db)
         return sums
 
 

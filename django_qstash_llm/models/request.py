@@ -831,10 +831,12 @@ class LLMRequest(OverTheWire, models.Model):
         if not budgets.over_request(self).exists():
             inbox.insert(self, using=using)
             return
-        with transaction.atomic(using=using):
+
+        def write() -> LLMRequest:
             inbox.insert(self, using=using)
-            if refused := budgets.reserve([self], now=now):
-                raise refused[self.pk]
+            return self
+
+        budgets.hold(write, now=now)
 
     def end(
         self,
@@ -1136,7 +1138,10 @@ class LLMRequest(OverTheWire, models.Model):
         rows = type(self).objects.using(self._state.db)
         from .budget import Budget  # a stair that goes up, as in begin
 
-        with transaction.atomic(using=self._state.db):
+        changes: Changes = {}
+        former: Changes = {}
+
+        def write() -> LLMRequest:
             # Locked: two clicks on a button are one wish.
             row = rows.select_for_update(of=("self",)).get(pk=self.pk)
             if row.state != State.FAILED:
@@ -1146,23 +1151,26 @@ class LLMRequest(OverTheWire, models.Model):
             underway = rows.unfinished().filter(resubmission_of=row).first()
             if underway is not None:
                 raise IllegalState(f"{self.uuid} is being asked again already, as {underway.uuid}.")
-            changes: Changes = {
-                "state": State.SUBMITTED,
-                "qstash_message_id": "",
-                "submitted_at": now,
-                "deadline_at": row.next_deadline(now),
-                "inquiries": 0,
-                "attempts": 0,
-                "last_status": None,
-                "error_code": "",
-                "error": "",
-                "finished_at": None,
-                **_NOT_ANNOUNCED,
-            }
-            former = {name: getattr(row, name) for name in (*changes, "dead_letter_id")}
+            changes.update(
+                {
+                    "state": State.SUBMITTED,
+                    "qstash_message_id": "",
+                    "submitted_at": now,
+                    "deadline_at": row.next_deadline(now),
+                    "inquiries": 0,
+                    "attempts": 0,
+                    "last_status": None,
+                    "error_code": "",
+                    "error": "",
+                    "finished_at": None,
+                    **_NOT_ANNOUNCED,
+                }
+            )
+            former.update({name: getattr(row, name) for name in (*changes, "dead_letter_id")})
             rows.filter(pk=self.pk).update(**changes)
-            if refused := Budget.objects.using(rows.db).reserve([row], now=now):
-                raise refused[row.pk]
+            return row
+
+        Budget.objects.using(rows.db).hold(write, now=now)
         self._take_over(changes)
         return former
 

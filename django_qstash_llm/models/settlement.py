@@ -19,7 +19,6 @@ from . import budget, spend
 from .budget import Budget, Reservation, note_spending, note_thresholds
 from .ledger import LedgerEntry
 from .money import usd
-from .request import UNFINISHED
 from .spend import Spend
 
 AT_ONCE = 1000
@@ -36,22 +35,21 @@ def settle(using: str = "default", *, now: datetime | None = None) -> int:
 
 
 def is_anything_to_settle(using: str) -> bool:
-    return LedgerEntry.objects.using(using).unfolded().exists() or _over(using).exists()
-
-
-def _over(using: str):  # type: ignore[no-untyped-def]
-    """Reservations of what has ended, or was deleted."""
-    is_over = Q(llm_request=None) | ~Q(llm_request__state__in=UNFINISHED)
-    return Reservation.objects.using(using).filter(is_over)
+    if LedgerEntry.objects.using(using).unfolded().exists():
+        return True
+    return Reservation.objects.using(using).over().exists()
 
 
 def _settle(using: str, now: datetime) -> int:
     with transaction.atomic(using=using):
         # First what has ended, then what it cost: what ends in between is held a little longer,
         # and not free before it is spent.
-        over = list(_over(using).order_by("pk").values_list("pk", "budget_id")[:AT_ONCE])
+        reservations = Reservation.objects.using(using)
+        over = list(reservations.over().order_by("pk").values_list("pk", "budget_id")[:AT_ONCE])
         unfolded = LedgerEntry.objects.using(using).unfolded().order_by("pk")
         entries = list(unfolded.select_for_update(of=("self",)).values(*_FIELDS)[:AT_ONCE])
+        if len(entries) == AT_ONCE:
+            over = []  # what they cost may be among those that are left
         budgets = Budget.objects.using(using)
         # In the order of their keys, all at once.
         concerned = Q(pk__in={budget_id for _, budget_id in over})
@@ -59,7 +57,7 @@ def _settle(using: str, now: datetime) -> int:
             found = set().union(*map(budget.places_of_entry, entries))
             concerned |= Q(pk__in=budgets.over(found).values("pk"))
         locked = list(budgets.filter(concerned).select_for_update(of=("self",)).order_by("pk"))
-        freed = Reservation.objects.using(using).let_go([pk for pk, _ in over])
+        freed = reservations.let_go([pk for pk, _ in over])
         for pk, amount in freed.items():
             budgets.filter(pk=pk).update(reserved=F("reserved") - usd(amount))
         note_spending(entries, locked, now=now)
