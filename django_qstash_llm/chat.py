@@ -356,7 +356,7 @@ class Call:
             changes = changes or row.after_spending(completion.usage, cost)
             return without_secrets(changes) | {"last_status": self.status}
 
-        self._end(decide, self._bill(completion.usage, cost, at=now))
+        self._end(decide, self._bill(completion.usage, cost, at=now, is_whole=True))
 
     def _broken_off(
         self,
@@ -377,11 +377,13 @@ class Call:
         self._end(decide, self._bill(completion.usage, cost, at=now))
 
     @staticmethod
-    def _bill(usage: Usage, cost: Cost | None, *, at: datetime) -> Bill:
+    def _bill(
+        usage: Usage, cost: Cost | None, *, at: datetime, is_whole: bool = False
+    ) -> Bill:
         def bill(row: LLMRequest, changes: Changes) -> LedgerEntry | None:
             # Already, where this is written a second time: one row is one call.
             is_useful = changes.get("state", row.state) == State.COMPLETED
-            if not (is_useful or usage.is_known):
+            if not (is_whole or is_useful or usage.is_known):
                 return None  # nothing came that was paid for
             return LedgerEntry.of_answer(
                 row, answer=CHAT, usage=usage, cost=cost, at=at, is_useful=is_useful

@@ -27,7 +27,10 @@ logger = logging.getLogger(__name__)
 
 MILLION = Decimal(1_000_000)
 ABSURD = Decimal(10_000_000)
-"""USD: what no price is, and no answer costs."""
+"""USD: what no price is."""
+MOST_OF_AN_ANSWER = Decimal(10_000)
+"""USD: a hundred times what the dearest model's longest answer costs. More is an error, of the unit say,
+and a thousand such are more than the columns of sums hold."""
 STANDARD_TIERS = frozenset({"", "auto", "default", "standard", "on_demand"})
 """Words of providers for their standard tier."""
 HOSTED_PRICE = Decimal("0.3")
@@ -188,8 +191,7 @@ def cost_of(
         cost: Cost | None = Cost(usage.reported_cost, "reported", at=at)
     else:
         cost = _priced(provider, model, usage, at, answered_by, service_tier or usage.service_tier)
-    # No column holds it, and nobody has paid it.
-    return cost if cost and 0 <= cost.amount < ABSURD else None
+    return cost if cost and 0 <= cost.amount < MOST_OF_AN_ANSWER else None
 
 
 def _priced(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 
 from celery import shared_task
-from django.db import router
+from django.db import DatabaseError, router
 from django.utils import timezone
 from kombu.exceptions import OperationalError
 
@@ -159,7 +159,11 @@ def sweep(using: str = "") -> None:
         ring(Bell.CANCEL, using)
     if _is_anything_unannounced(using):
         ring(Bell.ANNOUNCE, using)
-    settle(using)
+    try:
+        settle(using)
+    except DatabaseError:
+        # It is tried again by the next; the rest of this one does not wait for that.
+        logger.exception("What was answered could not be settled")
     count_messages(using)
     if Alert.objects.using(using).untold().exists():
         ring(Bell.ALERT, using)

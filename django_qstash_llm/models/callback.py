@@ -529,7 +529,10 @@ class CallbackResponse(Attempt):
         told = (completion.model, completion.service_tier) if completion else ()
         cost = self._cost(llm_request, usage, *told)
         is_useful = llm_request.state == State.COMPLETED
-        self._bill(llm_request, usage, cost, is_useful=is_useful)
+        billed = cost
+        if cost is None and llm_request.cost is not None:
+            billed = Cost(llm_request.cost, llm_request.cost_source)  # the request keeps it, too
+        self._bill(llm_request, usage, billed, is_useful=is_useful)
         return llm_request.after_reading_anew(usage, cost, completion)
 
     def _kept_callback(self) -> Callback:

@@ -166,8 +166,9 @@ class LedgerEntryQuerySet(models.QuerySet["LedgerEntry"]):
     def price(
         self, llm_request: LLMRequest, usage: Usage, cost: Cost, *, is_useful: bool, now: datetime
     ) -> LedgerEntry | None:
-        """Enter what the first unpriced answer of a request turns out to have cost; of one that has no
-        entry, since it was written by hand, all of it. None where all of them are priced.
+        """Enter what the unpriced answer of a request that has so many tokens as ``usage``, or else the
+        first of them, turns out to have cost; of one that has no entry, since it was written by hand, all
+        of it. None where all of them are priced.
 
         In a transaction that has locked the request.
         """
@@ -182,7 +183,13 @@ class LedgerEntryQuerySet(models.QuerySet["LedgerEntry"]):
             )
             inbox.insert(late, using=self.db)
             return late
-        for told in of_each.values():
+        tokens = usage.input_tokens or 0, usage.output_tokens or 0
+
+        def is_another(told: list[LedgerEntry]) -> bool:
+            counted = (sum(e.input_tokens for e in told), sum(e.output_tokens for e in told))
+            return counted != tokens
+
+        for told in sorted(of_each.values(), key=is_another):
             if sum(entry.unpriced for entry in told) > 0:
                 late = inbox.new(
                     self.model,

@@ -162,6 +162,19 @@ def test_absurd_counts_of_tokens_fit_their_columns(post_callback: Post, qstash: 
     assert total.input_tokens == 3 * 10**12
 
 
+def test_an_absurd_cost_is_unknown_and_harms_nobody(post_callback: Post, qstash: FakeQStash) -> None:
+    """In another unit than USD, say: ten of these are more than the sums' columns hold."""
+    for number in range(12):
+        usage = ANSWER["usage"] | {"cost": 900_000}
+        body = json.dumps(ANSWER | {"usage": usage}).encode()
+        row = ask()
+        post_callback(row, told(source_message_id=f"msg_{number}", body=body))
+        row.refresh_from_db()
+        assert (row.state, row.cost) == ("completed", None)
+    settle()
+    assert LLMRequest.objects.total().unpriced == 12
+
+
 def test_entries_outlive_their_request(post_callback: Post, qstash: FakeQStash) -> None:
     row = ask()
     post_callback(row, told())
@@ -221,6 +234,21 @@ def test_a_stream_that_is_left_is_spent_in_vain(wire: Wire) -> None:
     assert entry.useful == 0
 
 
+@pytest.mark.parametrize("meanwhile", ["cancelled", "deleted"])
+def test_a_chat_that_is_answered_without_usage_is_unpriced_also_where_nobody_wants_it(
+    wire: Wire, meanwhile: str
+) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        rows = LLMRequest.objects.all()
+        rows.update(state="cancelled") if meanwhile == "cancelled" else rows.delete()
+        return httpx.Response(200, json={n: v for n, v in ANSWER.items() if n != "usage"})
+
+    wire.hosts["provider.test"] = answer
+    LLMRequest.objects.chat(MESSAGES)
+    [entry] = entries()
+    assert (entry.answers, entry.unpriced, entry.useful) == (1, 1, 0)
+
+
 # --- what becomes known later ---
 
 
@@ -268,6 +296,39 @@ def test_a_receipt_that_could_not_be_read_is_entered_when_it_can(
     [receipt] = CallbackResponse.objects.all()
     receipt.apply_again()
     assert LLMRequest.objects.total().useful == COST
+
+
+def test_reading_anew_without_a_price_forgets_no_cost(
+    post_callback: Post, qstash: FakeQStash, settings: Any
+) -> None:
+    row = ask()
+    post_callback(row, told())
+    before = LLMRequest.objects.total()
+    settings.QSTASH_LLM = settings.QSTASH_LLM | {"PRICES": {"openai/gpt-5.4-mini": {}}}
+    LLMRequest.objects.update(completion="misread")
+    row.refresh_from_db()
+    assert "completion" in read_anew(row)
+    assert row.cost == COST
+    assert LLMRequest.objects.total() == before
+
+
+def test_a_late_price_is_that_of_the_answer_it_was_worked_out_of(
+    post_callback: Post, qstash: FakeQStash, settings: Any
+) -> None:
+    settings.QSTASH_LLM = settings.QSTASH_LLM | {"PRICES": {}}
+    row = ask(model="new")
+    usage = {"prompt_tokens": 1000, "completion_tokens": 1000}
+    in_vain = json.dumps({"choices": [], "usage": usage}).encode()
+    post_callback(row, told(body=in_vain))
+    post_callback(row, told(source_message_id="msg_2"))
+    new = {"PRICES": {"openai/new": PRICE["openai/gpt-5.4-mini"]}}
+    settings.QSTASH_LLM = settings.QSTASH_LLM | new
+    assert [cost.amount for _, cost in LLMRequest.objects.price_unpriced()] == [COST]
+    assert entries()[-1].answer == "msg_2.0"
+    LLMRequest.objects.update(cost=0)  # as if it had been misread
+    row.refresh_from_db()
+    read_anew(row)
+    assert LLMRequest.objects.total().spent == COST
 
 
 def test_corrections_come_to_what_is_said_last() -> None:
