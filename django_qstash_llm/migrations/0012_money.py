@@ -14,41 +14,69 @@ import django_qstash_llm.models.budget
 import django_qstash_llm.models.money
 
 ROWS_AT_ONCE = 1000
+MOST_TOKENS = 10**12
 
 
 def enter_what_was_answered(apps, schema_editor):
     """Of requests from before there was a ledger: one entry each, of what their row says."""
     using = schema_editor.connection.alias
+    receipts = apps.get_model("django_qstash_llm", "CallbackResponse").objects.using(using)
     rows = apps.get_model("django_qstash_llm", "LLMRequest").objects.using(using)
     entries = apps.get_model("django_qstash_llm", "LedgerEntry").objects.using(using)
     answered = rows.filter(Q(state="completed") | Q(input_tokens__isnull=False))
-    for row in answered.defer("messages", "completion").order_by("pk").iterator(ROWS_AT_ONCE):
-        at = row.finished_at or row.created_at
-        amount = row.cost or Decimal(0)
-        entry = entries.model(
-            uuid=row.uuid,
-            answer="chat" if row.via == "chat" else "before the ledger",
-            at=at,
-            entered_at=at,
-            day=at.date() if timezone.is_naive(at) else timezone.localtime(at).date(),
-            provider=row.provider,
-            model=row.model,
-            tenant=row.tenant,
-            user="" if row.user_id is None else str(row.user_id),
-            labels=row.labels,
-            about_type=row.content_type_id,
-            api_key="" if row.api_key_id is None else str(row.api_key_id),
-            spent=amount,
-            useful=amount if row.state == "completed" else Decimal(0),
-            unpriced=int(row.cost is None),
-            input_tokens=row.input_tokens or 0,
-            output_tokens=row.output_tokens or 0,
-            cached_tokens=row.cached_tokens or 0,
-            cache_write_tokens=row.cache_write_tokens or 0,
-            reasoning_tokens=row.reasoning_tokens or 0,
-            cost_source=row.cost_source,
-        )
-        entry.save(using=using, force_insert=True)
+    answered = answered.defer("messages", "completion").order_by("pk")
+    last = 0
+    while piece := list(answered.filter(pk__gt=last)[:ROWS_AT_ONCE]):
+        last = piece[-1].pk
+        known = answers_of(piece, receipts)
+        entries.bulk_create([entry_of(row, known.get(row.pk), entries.model) for row in piece])
+
+
+def answers_of(piece, receipts):
+    """By which name the ledger will know each row's answer when it is read once more: as another it
+    would be paid for twice."""
+    told = receipts.filter(
+        llm_request__in=[row.pk for row in piece],
+        kind="callback",
+        status__gte=200,
+        status__lt=300,
+        applied_at__isnull=False,
+    )
+    ended = {row.pk: row.finished_at for row in piece}
+    known = {}
+    columns = ("llm_request_id", "received_at", "source_message_id", "retried")
+    for pk, received_at, message_id, retried in told.order_by("pk").values_list(*columns):
+        if pk not in known or received_at == ended[pk]:
+            known[pk] = f"{message_id}.{retried}"
+    return known
+
+
+def entry_of(row, answer, model):
+    at = row.finished_at or row.created_at
+    amount = row.cost or Decimal(0)
+    return model(
+        uuid=row.uuid,
+        answer="chat" if row.via == "chat" else answer or "before the ledger",
+        at=at,
+        entered_at=at,
+        day=at.date() if timezone.is_naive(at) else timezone.localtime(at).date(),
+        provider=row.provider,
+        model=row.model,
+        tenant=row.tenant,
+        user="" if row.user_id is None else str(row.user_id),
+        labels=row.labels,
+        about_type=row.content_type_id,
+        api_key="" if row.api_key_id is None else str(row.api_key_id),
+        spent=amount,
+        useful=amount if row.state == "completed" else Decimal(0),
+        unpriced=int(row.cost is None),
+        input_tokens=min(row.input_tokens or 0, MOST_TOKENS),
+        output_tokens=min(row.output_tokens or 0, MOST_TOKENS),
+        cached_tokens=min(row.cached_tokens or 0, MOST_TOKENS),
+        cache_write_tokens=min(row.cache_write_tokens or 0, MOST_TOKENS),
+        reasoning_tokens=min(row.reasoning_tokens or 0, MOST_TOKENS),
+        cost_source=row.cost_source,
+    )
 
 
 class Migration(migrations.Migration):
