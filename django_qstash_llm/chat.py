@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import ssl
 import threading
@@ -35,7 +36,7 @@ from weakref import WeakKeyDictionary
 import httpx
 from asgiref.sync import async_to_sync, sync_to_async
 from django.core.signals import setting_changed
-from django.db import InterfaceError, OperationalError, connections
+from django.db import DatabaseError, InterfaceError, OperationalError, connections
 from django.dispatch import receiver
 from django.utils import timezone
 
@@ -50,6 +51,8 @@ from .models.request import Changes, State, Via
 from .pricing import Cost, cost_of
 from .providers import Provider, get_provider
 from .streams import Chunk, StreamBroken, StreamReader
+
+logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -424,14 +427,21 @@ class Call:
             connection.close()
 
     def _cost(self, completion: Completion, *, is_estimated: bool = False) -> Cost | None:
-        cost = cost_of(
-            self.llm_request.provider,
-            self.llm_request.model,
-            completion.usage,
-            at=timezone.now(),
-            answered_by=completion.model,
-            service_tier=completion.service_tier,
-        )
+        try:
+            cost = cost_of(
+                self.llm_request.provider,
+                self.llm_request.model,
+                completion.usage,
+                at=timezone.now(),
+                answered_by=completion.model,
+                service_tier=completion.service_tier,
+            )
+        except (DatabaseError, InterfaceError):
+            if connections[self.using].in_atomic_block:
+                raise
+            # The answer is in hand and paid for. It is kept, and priced when prices can be read.
+            logger.exception("The prices cannot be read: %s is unpriced", self.llm_request.uuid)
+            return None
         return replace(cost, source="estimated") if cost and is_estimated else cost
 
 

@@ -28,7 +28,8 @@ from django.utils import timezone
 
 from django_qstash_llm import chat
 from django_qstash_llm.exceptions import ChatFailed, ConfigurationError, InvalidRequest
-from django_qstash_llm.models import LLMRequest
+from django_qstash_llm.models import LLMRequest, Price
+from django_qstash_llm.models.price import forget_prices
 from django_qstash_llm.models.reconciler import Reconciler
 from django_qstash_llm.models.request import Via
 from django_qstash_llm.providers import get_provider
@@ -935,3 +936,25 @@ def test_key_is_in_no_row_and_no_log(wire: Wire, caplog: pytest.LogCaptureFixtur
     stored = str(LLMRequest.objects.values().get())
     told = str(vars(caught.value) | {"llm_request": ""})
     assert KEY not in stored + caplog.text + told + repr(caught.value)
+
+
+@pytest.mark.django_db(transaction=True)
+def test_prices_that_cannot_be_read_lose_no_answer(wire: Wire) -> None:
+    """Nobody knows what it cost, until somebody can look it up."""
+    table = Price._meta.db_table
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        forget_prices()
+        with connection.cursor() as cursor:
+            cursor.execute(f"ALTER TABLE {table} RENAME TO away")
+        return httpx.Response(200, json=ANSWER)
+
+    wire.hosts["provider.test"] = answer
+    try:
+        row = LLMRequest.objects.chat([{"role": "user", "content": "x"}])
+    finally:
+        with connection.cursor() as cursor:
+            cursor.execute(f"ALTER TABLE away RENAME TO {table}")
+    assert (row.state, row.cost) == ("completed", None)
+    assert LLMRequest.objects.total().unpriced == 1
+    assert len(list(LLMRequest.objects.unpriced())) == 1
