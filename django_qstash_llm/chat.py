@@ -380,9 +380,7 @@ class Call:
         self._end(decide, self._bill(completion.usage, cost, at=now))
 
     @staticmethod
-    def _bill(
-        usage: Usage, cost: Cost | None, *, at: datetime, is_whole: bool = False
-    ) -> Bill:
+    def _bill(usage: Usage, cost: Cost | None, *, at: datetime, is_whole: bool = False) -> Bill:
         def bill(row: LLMRequest, changes: Changes) -> LedgerEntry | None:
             # Already, where this is written a second time: one row is one call.
             is_useful = changes.get("state", row.state) == State.COMPLETED

@@ -29,7 +29,7 @@ from ..conf import app_settings
 from ..exceptions import BudgetExceeded
 from ..pricing import WorstCosts
 from .doorbell import Bell, ring_on_commit
-from .ledger import LedgerEntry
+from .ledger import LedgerEntry, texts_in
 from .money import MOST, STEP, USDField, units, usd
 from .request import UNFINISHED, LLMRequest
 
@@ -98,7 +98,7 @@ class Spending(Protocol):
 
 
 def places(
-    *, provider: str, model: str, tenant: str, user: Any, labels: Iterable[str], api_key: Any
+    *, provider: str, model: str, tenant: str, user: Any, labels: Any, api_key: Any
 ) -> set[Place]:
     """Scopes and values of the budgets that this falls under."""
     found: set[Place] = {
@@ -106,18 +106,12 @@ def places(
         (Scope.PROVIDER, provider),
         (Scope.MODEL, model),
         (Scope.MODEL, f"{provider}/{model}"),
-        *((Scope.LABEL, label) for label in labels),
+        *((Scope.LABEL, label) for label in texts_in(labels)),
     }
     for scope, value in ((Scope.TENANT, tenant), (Scope.USER, user), (Scope.API_KEY, api_key)):
         if value not in (None, ""):
             found.add((scope, str(value)))
     return found
-
-
-def _labels(llm_request: Spending) -> tuple[str, ...]:
-    """Without what is no label, where nobody has checked it."""
-    given = llm_request.labels
-    return tuple(x for x in given if isinstance(x, str)) if isinstance(given, list | tuple) else ()
 
 
 def places_of(llm_request: Spending) -> set[Place]:
@@ -126,7 +120,7 @@ def places_of(llm_request: Spending) -> set[Place]:
         model=llm_request.model,
         tenant=llm_request.tenant,
         user=llm_request.user_id,
-        labels=_labels(llm_request),
+        labels=llm_request.labels,
         api_key=llm_request.api_key_id,
     )
 
@@ -279,7 +273,7 @@ def _places(llm_request: Spending, known: dict[Any, set[Place]]) -> set[Place]:
         llm_request.tenant,
         llm_request.user_id,
         llm_request.api_key_id,
-        _labels(llm_request),
+        texts_in(llm_request.labels),
     )
     if key not in known:
         known[key] = places_of(llm_request)

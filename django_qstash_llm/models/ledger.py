@@ -294,7 +294,7 @@ class LedgerEntry(models.Model):
             model=llm_request.model,
             tenant=llm_request.tenant,
             user=_text(llm_request.user_id),
-            labels=list(llm_request.labels),
+            labels=list(texts_in(llm_request.labels)),
             about_type=llm_request.content_type_id,
             api_key=_text(llm_request.api_key_id),
             spent=amount,
@@ -303,6 +303,14 @@ class LedgerEntry(models.Model):
             cost_source="" if cost is None else cost.source,
             **{name: min(getattr(usage, name) or 0, MOST_TOKENS) for name in TOKENS},
         )
+
+
+def texts_in(labels: Any) -> tuple[str, ...]:
+    """``labels`` without what is none: an ``update`` is checked by nobody, and who adds up what was
+    answered is not to be stopped by it."""
+    return (
+        tuple(x for x in labels if isinstance(x, str)) if isinstance(labels, list | tuple) else ()
+    )
 
 
 def _text(key: Any) -> str:

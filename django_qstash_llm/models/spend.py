@@ -18,7 +18,7 @@ from django.db.models import Sum
 from django.utils.translation import gettext_lazy as _
 
 from ..exceptions import InvalidRequest
-from .ledger import SUMMED, LedgerEntry, Total, about_model_of, total_of
+from .ledger import SUMMED, LedgerEntry, Total, about_model_of, texts_in, total_of
 from .money import USDField, units
 from .request import LLMRequest
 
@@ -70,7 +70,7 @@ def places_of(entry: Mapping[str, Any], using: str) -> set[tuple[str, str]]:
             places.add((name, entry[name]))
     if about := about_model_of(entry["about_type"], using):
         places.add(("about", about))
-    places.update(("label", label[:255]) for label in entry["labels"] if label)
+    places.update(("label", label[:255]) for label in texts_in(entry["labels"]) if label)
     return places
 
 

@@ -12,7 +12,7 @@ from django.db import connection, transaction
 
 from django_qstash_llm.completions import Usage
 from django_qstash_llm.exceptions import ChatFailed
-from django_qstash_llm.models import CallbackResponse, LedgerEntry, LLMRequest, Spend
+from django_qstash_llm.models import Budget, CallbackResponse, LedgerEntry, LLMRequest, Spend
 from django_qstash_llm.models.ledger import Total
 from django_qstash_llm.models.money import USDField
 from django_qstash_llm.models.replay import read_anew
@@ -162,7 +162,9 @@ def test_absurd_counts_of_tokens_fit_their_columns(post_callback: Post, qstash: 
     assert total.input_tokens == 3 * 10**12
 
 
-def test_an_absurd_cost_is_unknown_and_harms_nobody(post_callback: Post, qstash: FakeQStash) -> None:
+def test_an_absurd_cost_is_unknown_and_harms_nobody(
+    post_callback: Post, qstash: FakeQStash
+) -> None:
     """In another unit than USD, say: ten of these are more than the sums' columns hold."""
     for number in range(12):
         usage = ANSWER["usage"] | {"cost": 900_000}
@@ -173,6 +175,23 @@ def test_an_absurd_cost_is_unknown_and_harms_nobody(post_callback: Post, qstash:
         assert (row.state, row.cost) == ("completed", None)
     settle()
     assert LLMRequest.objects.total().unpriced == 12
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize(
+    "labels", [[["a", "list"]], [5, "x"], {"x": 1}, 5], ids=["lists", "numbers", "dict", "number"]
+)
+def test_labels_that_are_none_stop_neither_an_answer_nor_a_settlement(
+    post_callback: Post, qstash: FakeQStash, labels: Any
+) -> None:
+    """``update`` is checked by nobody."""
+    row = ask()
+    LLMRequest.objects.update(labels=labels)
+    post_callback(row, told())
+    Budget.objects.create(name="b", amount=1)
+    settle()
+    [(_, total)] = Spend.objects.report()
+    assert total.spent == COST
 
 
 def test_entries_outlive_their_request(post_callback: Post, qstash: FakeQStash) -> None:

@@ -22,7 +22,9 @@ pytestmark = pytest.mark.django_db(transaction=True)
 MESSAGES = [{"role": "user", "content": "How many roads?"}]
 PRICE = {"openai/gpt-5.4-mini": {"input": "1", "output": "10"}}
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
-needs_locks = pytest.mark.skipif(connections["default"].vendor != "postgresql", reason="has one writer")
+needs_locks = pytest.mark.skipif(
+    connections["default"].vendor != "postgresql", reason="has one writer"
+)
 
 
 @pytest.fixture(autouse=True)
