@@ -600,7 +600,7 @@ class ReservationQuerySet(models.QuerySet["Reservation"]):
         relies on them, at the same time."""
         sums: dict[int, Decimal] = defaultdict(Decimal)
         there = list(self.over().filter(pk__in=keys).values_list("pk", "budget_id", "amount"))
-        for _, budget_id, amount in there:
+        for _pk, budget_id, amount in there:
             sums[budget_id] += amount
         if there:
             self.filter(pk__in=[pk for pk, _, _ in there])._raw_delete(self.db)

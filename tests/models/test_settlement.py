@@ -60,7 +60,7 @@ def meanwhile(work: Callable[[], object]) -> tuple[threading.Thread, list[BaseEx
     def run() -> None:
         try:
             work()
-        except BaseException as error:  # noqa: BLE001 - told to who waits
+        except BaseException as error:
             raised.append(error)
         finally:
             connections.close_all()
