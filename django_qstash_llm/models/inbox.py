@@ -306,6 +306,7 @@ def _write(sql: str, values: Sequence[Any], using: str) -> int:
 def _cursor(connection: Any) -> Any:
     """The driver's own in Django's wrapper. Django's would write the values into PostgreSQL's text,
     and look for SQLite's marks, at every call."""
+    connection.close_if_health_check_failed()
     connection.ensure_connection()
     with connection.wrap_database_errors:
         if connection.vendor == "postgresql" and Cursor is not None and _tells_time(connection):

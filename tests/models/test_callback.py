@@ -961,6 +961,24 @@ def test_the_usual_callback_takes_two_statements_on_postgresql_and_four_on_other
         assert post_callback(row, told(retried=1)).status_code == 200
 
 
+@pytest.mark.skipif(connection.vendor == "sqlite", reason="nobody can hang up on a file")
+@pytest.mark.django_db(transaction=True)
+def test_a_connection_that_has_gone_stale_is_found_where_the_site_has_it_checked(
+    post_callback: Post, qstash: FakeQStash, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = ask()
+    monkeypatch.setitem(connection.settings_dict, "CONN_HEALTH_CHECKS", True)
+    monkeypatch.setitem(connection.settings_dict, "CONN_MAX_AGE", None)
+    connection.close()
+    connection.connect()
+    connection.close_if_unusable_or_obsolete()  # as Django does when a request begins
+    connection.connection.close()
+    try:
+        assert post_callback(row, told()).status_code == 200
+    finally:
+        connection.close()
+
+
 @pytest.mark.django_db(transaction=True)
 def test_the_next_answer_of_a_model_takes_one_statement_on_postgresql(
     post_callback: Post, qstash: FakeQStash, django_assert_num_queries: Any
