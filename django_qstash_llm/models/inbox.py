@@ -184,9 +184,11 @@ def update_in(
 
 
 def can_store_at_once(using: str) -> bool:
-    """By itself: in a transaction of somebody else's a refusal would end that."""
+    """By itself: in a transaction of somebody else's a refusal would end that. With autocommit off
+    there is always one."""
     connection = connections[using]
-    return connection.vendor in _AT_ONCE and not connection.in_atomic_block
+    is_by_itself = connection.get_autocommit() and not connection.in_atomic_block
+    return connection.vendor in _AT_ONCE and is_by_itself
 
 
 def store_at_once(

@@ -961,6 +961,24 @@ def test_the_usual_callback_takes_two_statements_on_postgresql_and_four_on_other
         assert post_callback(row, told(retried=1)).status_code == 200
 
 
+@pytest.mark.django_db(transaction=True)
+def test_with_autocommit_off_it_is_for_the_site_to_commit(qstash: FakeQStash) -> None:
+    row = submitted()
+    transaction.set_autocommit(False)
+    try:
+        LLMRequest.objects.filter(pk=row.pk).update(error="x")
+        CallbackResponse.objects.receive(told(), uuid=row.uuid, now=timezone.now())
+        row.refresh_from_db()
+        assert row.state == "completed"
+        transaction.rollback()
+    finally:
+        transaction.rollback()
+        transaction.set_autocommit(True)
+    row.refresh_from_db()
+    assert (row.state, row.error) == ("submitted", "")
+    assert not CallbackResponse.objects.exists()
+
+
 @pytest.mark.skipif(connection.vendor == "sqlite", reason="nobody can hang up on a file")
 @pytest.mark.django_db(transaction=True)
 def test_a_connection_that_has_gone_stale_is_found_where_the_site_has_it_checked(
