@@ -73,5 +73,12 @@ def _note(llm_request: LLMRequest, is_underway: bool) -> str:
     # Its reasons are for who runs the site: they may name accounts and limits.
     if llm_request.state == "failed":
         return _("No whole answer came. Ask again.")
-    names = [str((call.get("function") or {}).get("name")) for call in llm_request.tool_calls or ()]
+    names = [_name(call) for call in llm_request.tool_calls or ()]
     return _("Calls %s.") % ", ".join(names) if names else ""
+
+
+def _name(call: Any) -> str:
+    """Kept as the provider told it, whatever that was."""
+    function = call.get("function") if isinstance(call, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else "?"

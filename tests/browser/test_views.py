@@ -342,5 +342,18 @@ def test_forged_form_is_refused(wire: Wire) -> None:
     assert not LLMRequest.objects.exists()
 
 
+def test_page_is_there_whatever_calls_a_provider_has_told() -> None:
+    ada = User.objects.create(username="ada")
+    conversation = Conversation.objects.create(user=ada)
+    told = ["x", {"function": "x"}, {"function": {"name": "look_up"}}]
+    LLMRequest.objects.bulk_create(
+        [LLMRequest(conversation=conversation, messages=[], state="completed", tool_calls=told)]
+    )
+    client = Client()
+    client.force_login(ada)
+    page = client.get(reverse("django_qstash_llm_browser:conversation", args=[conversation.uuid]))
+    assert "Calls ?, ?, look_up." in page.content.decode()
+
+
 def test_heartbeats_are_quick_enough_to_miss_a_reader_within_two_seconds() -> None:
     assert 2 * telling.HEARTBEAT < 2
