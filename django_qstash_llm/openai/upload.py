@@ -124,7 +124,9 @@ def seconds_kept(name: str, given: Any) -> int:
     if not isinstance(given, dict) or given.get("anchor") != "created_at":
         raise InvalidRequest(f"{name}[anchor]", "give 'created_at'")
     seconds = str(given.get("seconds"))
-    if not seconds.isascii() or not seconds.isdigit() or not SHORTEST <= int(seconds) <= LONGEST:
+    # Of too many digits Python makes no number.
+    is_number = seconds.isascii() and seconds.isdigit() and len(seconds) <= len(str(LONGEST))
+    if not is_number or not SHORTEST <= int(seconds) <= LONGEST:
         problem = f"give a whole number of seconds, {SHORTEST} to {LONGEST}"
         raise InvalidRequest(f"{name}[seconds]", problem)
     return int(seconds)

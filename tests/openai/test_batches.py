@@ -501,6 +501,11 @@ def test_a_line_that_cannot_be_asked_fails_by_itself(
             400,
             "expires_after[seconds]",
         ),
+        (
+            {"expires_after[anchor]": "created_at", "expires_after[seconds]": "9" * 5000},
+            400,
+            "expires_after[seconds]",
+        ),
     ],
 )
 def test_an_upload_that_is_wrong_leaves_no_trace(
@@ -632,7 +637,14 @@ def test_files_expire(calls: Calls) -> None:
             {"output_expires_after": {"anchor": "created_at", "seconds": 1}},
             "output_expires_after[seconds]",
         ),
+        (
+            {"output_expires_after": {"anchor": "created_at", "seconds": "9" * 5000}},
+            "output_expires_after[seconds]",
+        ),
         ({"output_expires_after": 7}, "output_expires_after[anchor]"),
+        ({"output_expires_after": {}}, "output_expires_after[anchor]"),
+        ({"output_expires_after": ""}, "output_expires_after[anchor]"),
+        ({"output_expires_after": False}, "output_expires_after[anchor]"),
         ({"priority": "high"}, "priority"),
     ],
 )
@@ -739,6 +751,19 @@ def test_the_same_again_is_the_same_file_and_batch(calls: Calls, qstash: FakeQSt
     KeptAnswer.objects.update(status=None, body="")
     assert calls.post(BATCHES, body, Idempotency_Key="k-2").json()["id"] == begun[0]["id"]
     assert calls.upload(jsonl(line("a")), headers=again).json() == first.json()
+
+
+def test_what_was_begun_is_told_again_though_its_file_is_gone(
+    calls: Calls, qstash: FakeQStash
+) -> None:
+    name = calls.upload(jsonl(line("a"))).json()["id"]
+    begun = calls.post(BATCHES, batch_of(name), Idempotency_Key="k-1").json()
+    calls.delete(f"{FILES}/{name}")
+    assert calls.post(BATCHES, batch_of(name), Idempotency_Key="k-1").json() == begun
+    # What was never begun leaves nothing behind.
+    unknown = calls.post(BATCHES, batch_of(name), Idempotency_Key="k-2")
+    refused(unknown, 400, "invalid_value", "input_file_id")
+    assert KeptAnswer.objects.count() == 1
 
 
 # --- workers that die ----------------------------------------------------------------------------

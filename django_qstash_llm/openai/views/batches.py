@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid as uuids
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -57,12 +58,16 @@ class BatchesView(OpenAIView):
         uuid = uuids.uuid4()
         answer = partial(
             _begin,
-            _file(request, asked.get("input_file_id")),
+            # Looked for where it is to be read, and not where the same was begun before: its text,
+            # or all of it, may have gone since.
+            partial(_file, request, asked.get("input_file_id")),
             {
                 "caller": caller,
                 "uuid": uuid,
                 "metadata": _metadata(asked.get("metadata")),
-                "keep_seconds": policy and seconds_kept("output_expires_after", policy),
+                "keep_seconds": None
+                if policy is None
+                else seconds_kept("output_expires_after", policy),
                 "now": timezone.now(),
             },
         )
@@ -90,7 +95,10 @@ class CancelBatchView(OpenAIView):
         return _told(batch_input)
 
 
-def _begin(file: File, fields: dict[str, Any], kept: KeptAnswer | None) -> JsonResponse:
+def _begin(
+    find: Callable[[], File], fields: dict[str, Any], kept: KeptAnswer | None
+) -> JsonResponse:
+    file = find()
     app_settings().check_ready()
     with written_under(kept):
         batch_input = begin(file, **fields)
