@@ -728,7 +728,7 @@ async def _aopened(call: Call) -> AsyncStream | bytes:
 async def _head(call: Call) -> httpx.Response:
     try:
         async with asyncio.timeout(call.seconds):
-            transport = call.transport or _kept_by_loop(call.provider)
+            transport = call.transport or await _kept_by_loop(call.provider)
             response: httpx.Response = await transport.handle_async_request(call.request)
             return response
     except TimeoutError as error:
@@ -936,7 +936,10 @@ class _AsyncLent(httpx.AsyncByteStream):
 
 _pools: dict[tuple[int, str], _Pool] = {}
 """By process and provider: a forked child must not share its parent's sockets."""
-_async_pools: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, _AsyncPool]]
+_Pools = dict[str, _AsyncPool]
+_async_pools: WeakKeyDictionary[
+    asyncio.AbstractEventLoop, tuple[_Pools, AsyncGenerator[None, None]]
+]
 _async_pools = WeakKeyDictionary()
 
 
@@ -956,10 +959,26 @@ def _given_to_loops(provider: Provider) -> httpx.AsyncBaseTransport | None:
     return cast(httpx.AsyncBaseTransport | None, _given(httpx.AsyncBaseTransport))
 
 
-def _kept_by_loop(provider: Provider) -> httpx.AsyncBaseTransport:
+async def _kept_by_loop(provider: Provider) -> httpx.AsyncBaseTransport:
     """The same of the event loop that is running, which alone can use it."""
-    pools = _async_pools.setdefault(asyncio.get_running_loop(), {})
+    loop = asyncio.get_running_loop()
+    if loop not in _async_pools:
+        opened: _Pools = {}
+        _async_pools[loop] = opened, _until_the_end(opened)
+        await anext(_async_pools[loop][1])
+    pools, _ = _async_pools[loop]
     return pools.setdefault(provider.name, _AsyncPool())
+
+
+async def _until_the_end(pools: _Pools) -> AsyncGenerator[None, None]:
+    """Each loop ends its generators before it ends itself, and after that nothing can close what was
+    opened in it: of a loop for each call, as ``async_to_sync`` has it, every connection would stay."""
+    try:
+        yield
+    finally:
+        _async_pools.pop(asyncio.get_running_loop(), None)
+        for pool in pools.values():
+            await pool.aclose()
 
 
 def _given(kind: type) -> Any:
@@ -989,8 +1008,8 @@ def close() -> None:
 
 async def aclose() -> None:
     """The same for this event loop."""
-    for pool in _async_pools.pop(asyncio.get_running_loop(), {}).values():
-        await pool.aclose()
+    if kept := _async_pools.pop(asyncio.get_running_loop(), None):
+        await kept[1].aclose()
 
 
 @receiver(setting_changed)

@@ -919,6 +919,30 @@ def test_async_caller_who_leaves_before_the_head_is_written_down(upstream: Any) 
     assert (only_row().state, only_row().error_code) == ("cancelled", "aborted")
 
 
+@pytest.mark.parametrize(
+    "run",
+    [lambda ask: asyncio.run(ask()), lambda ask: async_to_sync(ask)()],
+    ids=["asyncio", "asgiref"],
+)
+def test_loop_that_ends_leaves_no_connection_behind(upstream: Any, run: Any) -> None:
+    def waits(server: Upstream, handler: BaseHTTPRequestHandler) -> None:
+        whole(server, handler)
+        if select.select([handler.connection], [], [], 20)[0]:
+            server.left.set()
+        handler.close_connection = True
+
+    async def ask() -> None:
+        async for _ in await LLMRequest.objects.astream(ASK):
+            pass
+        assert not server.left.is_set()
+
+    server = upstream(waits)
+    with server.asked_with():
+        run(ask)
+    assert server.left.wait(2)
+    assert not chat._async_pools
+
+
 def test_async_caller_needs_a_transport_that_can_be_awaited() -> None:
     with (
         ours(CHAT_TRANSPORT=httpx.WSGITransport(lambda *args: [])),
