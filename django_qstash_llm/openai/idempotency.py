@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from uuid import UUID
 
-from django.db import DatabaseError, transaction
+from django.db import DatabaseError, InterfaceError, transaction
 from django.http import HttpResponse, HttpResponseBase, JsonResponse
 from django.utils import timezone
 from rest_framework.request import Request
@@ -66,7 +66,7 @@ def once(
     if isinstance(response, HttpResponse):
         try:
             kept.keep(response.status_code, response.content, JSON)
-        except DatabaseError as error:
+        except (DatabaseError, InterfaceError) as error:
             # It has been paid for, and its row tells it again.
             logger.error("An answer is given and not kept: %s", type(error).__name__)
     return response

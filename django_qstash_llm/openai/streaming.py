@@ -6,13 +6,14 @@ import re
 from collections.abc import AsyncIterator, Iterator
 
 from asgiref.sync import async_to_sync, sync_to_async
+from django.db import DatabaseError, InterfaceError
 
 from ..chat import AsyncStream, Stream
 from ..conf import app_settings
 from ..door import EVENTS
 from ..exceptions import ChatFailed
 from ..models import KeptAnswer, LLMRequest
-from .refusals import as_refusal
+from .refusals import as_refusal, logger
 
 _DONE = b"data: [DONE]\n\n"
 # Where usage is counted, chunks without it say so. We have it counted always, and to whom did not ask
@@ -100,4 +101,8 @@ class _Said:
 
     def keep(self) -> None:
         if self._kept is not None and self._left >= 0:
-            self._kept.keep(200, b"".join(self._parts), EVENTS)
+            try:
+                self._kept.keep(200, b"".join(self._parts), EVENTS)
+            except (DatabaseError, InterfaceError) as error:
+                # It has been paid for, and who reads has nearly all of it.
+                logger.error("A stream is told and not kept: %s", type(error).__name__)

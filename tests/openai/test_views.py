@@ -12,7 +12,7 @@ from uuid import uuid4
 import httpx
 import pytest
 from django.contrib.auth.models import User
-from django.db import connection
+from django.db import InterfaceError, OperationalError, connection
 from django.test import Client, override_settings
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
@@ -652,6 +652,27 @@ def test_no_middleware_collects_a_stream(post: Post, wire: Wire) -> None:
 
 
 # --- claims of the dead --------------------------------------------------------------------------
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("error", [OperationalError, InterfaceError])
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_an_answer_that_cannot_be_kept_is_told_whole_all_the_same(
+    post: Post, wire: Wire, error: type[Exception], is_stream: bool
+) -> None:
+    def breaks(execute: Any, sql: str, params: Any, many: bool, context: Any) -> Any:
+        if "keptanswer" in sql and 'SET "status"' in sql:
+            raise error("the database has gone")
+        return execute(sql, params, many, context)
+
+    whole = httpx.Response(200, json=ANSWER)
+    wire.hosts[PROVIDER] = lambda request: Streamed(*EVENTS).response() if is_stream else whole
+    with connection.execute_wrapper(breaks):
+        response = post({**BODY, "stream": is_stream}, headers=AGAIN)
+        said = b"".join(response.streaming_content) if is_stream else response.content
+    assert response.status_code == 200
+    assert said.endswith(b"data: [DONE]\n\n") if is_stream else said == whole.content
+    assert KeptAnswer.objects.get().status is None
 
 
 def claimed_by_the_dead(post: Post, body: Any = BODY) -> KeptAnswer:
