@@ -21,7 +21,13 @@ from django.views.decorators.csrf import csrf_protect
 from django.views.decorators.http import require_http_methods
 
 from ..door import outside_transactions
-from ..exceptions import ChatFailed, ConfigurationError, ConversationBusy, InvalidRequest
+from ..exceptions import (
+    BudgetExceeded,
+    ChatFailed,
+    ConfigurationError,
+    ConversationBusy,
+    InvalidRequest,
+)
 from ..models import Conversation
 from . import turns
 from .events import Tell, respond
@@ -100,8 +106,8 @@ def _answer_form(
         (found.ask if way == "ask" else found.chat)(said, **asked)
     except ChatFailed:
         pass  # its row says so, and the page shows it
-    except (ConversationBusy, ConfigurationError, InvalidRequest) as error:
-        status = 409 if isinstance(error, ConversationBusy) else 500
+    except (BudgetExceeded, ConversationBusy, ConfigurationError, InvalidRequest) as error:
+        status = _STATUSES.get(type(error), 500)
         return HttpResponse(
             _sentence(error), status=status, content_type="text/plain; charset=utf-8"
         )
@@ -112,8 +118,14 @@ def _answer_form(
     return HttpResponseRedirect(back if is_ours else request.path)
 
 
+_STATUSES: dict[type[Exception], int] = {BudgetExceeded: 429, ConversationBusy: 409}
+
+
 def _sentence(error: Exception) -> str:
     """For who asked; the reasons are for who runs the site."""
+    if isinstance(error, BudgetExceeded):
+        logger.warning("A turn was not asked: %s", error)
+        return _("What may be spent on this is spent. Ask again later.")
     if isinstance(error, ConversationBusy):
         return _("Another question is still being answered. Ask again in a moment.")
     if not isinstance(error, ChatFailed):

@@ -18,7 +18,7 @@ from django.test import Client, override_settings
 from django.urls import reverse
 
 from django_qstash_llm.browser import events as telling
-from django_qstash_llm.models import Conversation, LLMRequest
+from django_qstash_llm.models import Budget, Conversation, LLMRequest
 from django_qstash_llm.qstash import Callback
 from tests.conftest import ANSWER
 from tests.test_chat import Upstream, delta, hangs, head, ours, send, sse
@@ -267,6 +267,17 @@ def test_form_whose_question_fails_says_so_on_the_page(reader: Reader, wire: Wir
     body = {"said": "How many?", "csrfmiddlewaretoken": reader.token, "next": "/talk/"}
     assert reader.http.post(reader.path, data=body).status_code == 302
     assert "No whole answer came" in reader.http.get("/talk/").text
+
+
+def test_what_no_budget_has_room_for_is_not_asked_and_says_so(reader: Reader, wire: Wire) -> None:
+    Budget.objects.create(name="spent", amount=0)
+    body = {"said": "How many?", "csrfmiddlewaretoken": reader.token, "next": "/talk/"}
+    response = reader.http.post(reader.path, data=body)
+    assert (response.status_code, "spent. Ask again later" in response.text) == (429, True)
+    with reader.say("How many?") as told:
+        assert named(told) == [("failed", response.text)]
+    assert LLMRequest.objects.count() == 0
+    assert wire.to(PROVIDER) == []
 
 
 def test_form_asks_in_the_background(reader: Reader, qstash: FakeQStash) -> None:
