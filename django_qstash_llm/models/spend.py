@@ -154,7 +154,10 @@ class SpendQuerySet(models.QuerySet["Spend"]):
 
         dimension = self.check_report(*by, **place)
         self._for_write = True
-        settle(self.db)
+        if (
+            LedgerEntry.objects.using(self.db).unfolded().exists()
+        ):  # what is reserved is in no row here
+            settle(self.db)
         rows = self.filter(dimension=dimension)
         chosen = {
             "value": place.get(dimension),
