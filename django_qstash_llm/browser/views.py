@@ -6,6 +6,8 @@ import logging
 from typing import Any
 from uuid import UUID
 
+from asgiref.sync import sync_to_async
+from django.db import close_old_connections
 from django.http import (
     Http404,
     HttpRequest,
@@ -82,6 +84,9 @@ def _say(request: HttpRequest, found: Conversation) -> HttpResponseBase:
         # The response has begun: it has no status left by which a fault of ours could be told.
         except Exception as error:
             tell("failed", _sentence(error))
+        finally:
+            # The threads that the loop asks are in no request at whose end Django would do this.
+            await sync_to_async(close_old_connections)()
 
     return respond(request, tell_of_it)
 
