@@ -202,11 +202,25 @@ def store_at_once(
     """Store ``receipt`` and ``entry`` and write ``changes`` of ``row``, all or nothing, and whether it
     was all: it is nothing when somebody has changed the row since ``look``."""
     if row is None or not changes:
-        if entry is not None:
-            return False  # with a lock: it is rare that an answer changes nothing
-        insert(receipt, using=using)
+        if entry is None:
+            insert(receipt, using=using)
+        elif connections[using].vendor == "postgresql":
+            _insert_both(receipt, entry, using)
+        else:
+            return False  # with a lock
         return True
     return _AT_ONCE[connections[using].vendor](receipt, row, changes, entry, using)
+
+
+def _insert_both(receipt: models.Model, entry: models.Model, using: str) -> None:
+    """Of an answer that changes nothing, as nearly always where the same is told again: then PostgreSQL
+    refuses both."""
+    entered, as_usual, given = _stored(entry, using)
+    stored, usual, values = _stored(receipt, using)
+    also = _insert(type(entry), entered, as_usual, using, returning=False)
+    sql = _insert(type(receipt), stored, usual, using, returning=True)
+    [receipt.pk] = _fetch(f"WITH entered AS ({also}) {sql}", [*given, *values], using)
+    receipt._state.adding, receipt._state.db = False, using
 
 
 def _in_one_statement(
