@@ -207,7 +207,7 @@ def store_at_once(
         elif connections[using].vendor == "postgresql":
             _insert_both(receipt, entry, using)
         else:
-            return False  # with a lock
+            _write_and_insert("", (), [receipt, entry], using)
         return True
     return _AT_ONCE[connections[using].vendor](receipt, row, changes, entry, using)
 
@@ -269,7 +269,7 @@ def _in_a_short_transaction(
 def _write_and_insert(
     update: str, values: Sequence[Any], rows: Sequence[models.Model], using: str
 ) -> bool:
-    """SQLite's way. By hand: what ``atomic`` keeps account of takes as long as writing does."""
+    """SQLite's way; without an ``update`` it only inserts. By hand: what ``atomic`` keeps account of takes as long as writing does."""
     connection = connections[using]
     inserts = []
     for row in rows:
@@ -278,8 +278,10 @@ def _write_and_insert(
     with _cursor(connection) as cursor:
         cursor.execute("BEGIN IMMEDIATE")
         try:
-            cursor.execute(_for_driver(update, connection), values)
-            is_as_it_was = bool(cursor.rowcount)
+            is_as_it_was = not update
+            if update:
+                cursor.execute(_for_driver(update, connection), values)
+                is_as_it_was = bool(cursor.rowcount)
             if is_as_it_was:
                 for row, (sql, given) in zip(rows, inserts, strict=True):
                     cursor.execute(_for_driver(sql, connection), given)
