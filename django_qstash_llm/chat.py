@@ -446,6 +446,20 @@ class Call:
 # --- blocking --------------------------------------------------------------------------------
 
 
+@contextmanager
+def _ending(call: Call) -> Iterator[None]:
+    """Write down what ends the call before its answer is whole."""
+    try:
+        yield
+    except httpx.HTTPError as error:
+        raise call.lost(error) from error
+    except StreamBroken as error:
+        raise call.broken(error) from error
+    except BaseException as error:
+        call.interrupted(error)
+        raise
+
+
 def complete(llm_request: LLMRequest, *, within: Within = _NOTHING) -> Answer:
     """Ask what an unsaved request with ``via="chat"`` asks, and wait for all of the answer.
 
@@ -455,20 +469,13 @@ def complete(llm_request: LLMRequest, *, within: Within = _NOTHING) -> Answer:
     """
     call = Call(llm_request, is_streamed=False, transport_of=_transport, within=within)
     call.let_go()
-    try:
+    with _ending(call):
         response = call.transport.handle_request(call.request)
         try:
             call.answered(response)
             body = _whole(call, response)
         finally:
             response.close()
-    except httpx.HTTPError as error:
-        raise call.lost(error) from error
-    except StreamBroken as error:
-        raise call.broken(error) from error
-    except BaseException as error:
-        call.interrupted(error)
-        raise
     return call.complete(body)
 
 
@@ -476,7 +483,7 @@ def open_stream(llm_request: LLMRequest, *, within: Within = _NOTHING) -> Stream
     """The same, as the answer comes. Raises the same where the provider refuses at once."""
     call = Call(llm_request, is_streamed=True, transport_of=_transport, within=within)
     call.let_go()
-    try:
+    with _ending(call):
         response = call.transport.handle_request(call.request)
         call.answered(response)
         if call.is_stream:
@@ -485,13 +492,6 @@ def open_stream(llm_request: LLMRequest, *, within: Within = _NOTHING) -> Stream
             body = _whole(call, response)
         finally:
             response.close()
-    except httpx.HTTPError as error:
-        raise call.lost(error) from error
-    except StreamBroken as error:
-        raise call.broken(error) from error
-    except BaseException as error:
-        call.interrupted(error)
-        raise
     raise call.refused(body)
 
 
@@ -786,20 +786,6 @@ def open_stream_by_loop(llm_request: LLMRequest, *, within: Within = _NOTHING) -
     if isinstance(opened, AsyncStream):
         return opened
     raise call.refused(opened)
-
-
-@contextmanager
-def _ending(call: Call) -> Iterator[None]:
-    """Write down what ends the call while the loop waits."""
-    try:
-        yield
-    except httpx.HTTPError as error:
-        raise call.lost(error) from error
-    except StreamBroken as error:
-        raise call.broken(error) from error
-    except BaseException as error:
-        call.interrupted(error)
-        raise
 
 
 # --- what both share -------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from ..conf import app_settings
 from ..models import ApiKey, LLMRequest
 from ..models.api_key import Scope
 from . import actions, figures
-from .record import RecordAdmin, Tool
+from .record import MadeByPeople, Tool
 
 
 class LinesField(forms.CharField):
@@ -71,7 +71,7 @@ class ApiKeyForm(forms.ModelForm):  # type: ignore[type-arg]
 
 
 @admin.register(ApiKey)
-class ApiKeyAdmin(RecordAdmin):
+class ApiKeyAdmin(MadeByPeople):
     form = ApiKeyForm
     list_display = (
         "name",
@@ -100,17 +100,6 @@ class ApiKeyAdmin(RecordAdmin):
     def get_fields(self, request: HttpRequest, obj: ApiKey | None = None) -> Any:
         known = (("key_column", "created_at", "last_used_at", "revoked_at"),) if obj else ()
         return (*known, *self.fields)
-
-    # Unlike what happened, a key is for people to make and change.
-
-    def has_add_permission(self, request: HttpRequest) -> bool:
-        return admin.ModelAdmin.has_add_permission(self, request)
-
-    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
-        return admin.ModelAdmin.has_change_permission(self, request, obj)
-
-    def has_act_permission(self, request: HttpRequest) -> bool:
-        return self.has_change_permission(request)
 
     def complete_page(self, request: HttpRequest, rows: list[ApiKey]) -> None:
         counted = (

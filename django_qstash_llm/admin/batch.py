@@ -18,7 +18,7 @@ from ..models.batch import standing, to_resubmit
 from ..models.ledger import Total
 from ..models.request import UNFINISHED, LLMRequestQuerySet, State
 from . import actions, figures
-from .record import RecordAdmin, Tool, as_uuid
+from .record import RecordAdmin, Tool
 
 _MOST_FAILURES = 20
 
@@ -59,18 +59,10 @@ class BatchAdmin(RecordAdmin):
     list_display = ("name_column", "progress_column", "cost_column", "user", "created_column")
     list_select_related = ("user",)
     search_fields = ("name",)
+    searched_name = "name"
     search_help_text = _("The batch's UUID, or its exact name.")
     fields = (("uuid", "user", "created_at"),)
     actions = ("resubmit_failed", "cancel_unfinished")
-
-    def get_search_results(
-        self, request: HttpRequest, queryset: QuerySet[Any], search_term: str
-    ) -> tuple[QuerySet[Any], bool]:
-        term = search_term.strip()
-        if not term:
-            return queryset, False
-        uuid = as_uuid(term)
-        return queryset.filter(**({"uuid": uuid} if uuid else {"name": term})), False
 
     def complete_page(self, request: HttpRequest, rows: list[Batch]) -> None:
         found = progress_of(rows)

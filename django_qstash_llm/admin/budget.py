@@ -25,7 +25,7 @@ from ..models.budget import Action, Period, Scope, Standing, default_thresholds
 from ..models.standing import forecast, standings
 from ..reports import usd_text
 from . import actions, figures
-from .record import RecordAdmin, Tool
+from .record import MadeByPeople, Tool
 
 MOST_ALERTS = 20
 DECIMALS = 4
@@ -172,7 +172,7 @@ class BudgetForm(forms.ModelForm):  # type: ignore[type-arg]
 
 
 @admin.register(Budget)
-class BudgetAdmin(RecordAdmin):
+class BudgetAdmin(MadeByPeople):
     form = BudgetForm
     list_display = (
         "name_column",
@@ -190,17 +190,6 @@ class BudgetAdmin(RecordAdmin):
         (_("Telling"), {"fields": ("thresholds", "emails")}),
     )
     actions = ("count_anew", "pause", "activate")
-
-    # Unlike what happened, a budget is for people to make and change.
-
-    def has_add_permission(self, request: HttpRequest) -> bool:
-        return admin.ModelAdmin.has_add_permission(self, request)
-
-    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
-        return admin.ModelAdmin.has_change_permission(self, request, obj)
-
-    def has_act_permission(self, request: HttpRequest) -> bool:
-        return self.has_change_permission(request)
 
     def complete_page(self, request: HttpRequest, rows: list[Budget]) -> None:
         now = timezone.now()

@@ -19,7 +19,7 @@ from ..models.callback import CallbackResponseQuerySet, Kind
 from ..models.replay import TO_READ_AGAIN
 from . import actions, figures, text
 from .filters import OrphanFilter, ReceiptAttentionFilter
-from .record import RecordAdmin, Tool, as_uuid, filled, lines
+from .record import RecordAdmin, Tool, filled, lines
 
 _SIGNS: dict[str, str] = {
     Kind.CALLBACK: "→",
@@ -111,6 +111,7 @@ class CallbackResponseAdmin(RecordAdmin):
     list_filter = ("kind", "trouble", ReceiptAttentionFilter, OrphanFilter)
     actions = ("read_again",)
     search_fields = ("source_message_id",)
+    searched_name = "source_message_id"
     search_help_text = _("The request's UUID, or QStash's message id.")
     heavy_fields = ("header",)
 
@@ -135,15 +136,6 @@ class CallbackResponseAdmin(RecordAdmin):
             (name, {"fields": lines(filled(obj, *always, *sometimes), wide=wide)})
             for name, sometimes, always in groups
         ]
-
-    def get_search_results(
-        self, request: HttpRequest, queryset: QuerySet[Any], search_term: str
-    ) -> tuple[QuerySet[Any], bool]:
-        term = search_term.strip()
-        if not term:
-            return queryset, False
-        uuid = as_uuid(term)
-        return queryset.filter(**({"uuid": uuid} if uuid else {"source_message_id": term})), False
 
     # --- what can be done ---
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from django.contrib import admin
-from django.db.models import Count, QuerySet
+from django.db.models import Count
 from django.http import HttpRequest
 from django.utils.safestring import SafeString
 from django.utils.translation import gettext_lazy as _
 
 from ..models import Conversation, LLMRequest
 from . import chat, figures, text
-from .record import RecordAdmin, as_uuid
+from .record import RecordAdmin
 
 _MOST_TURNS = 30
 
@@ -22,18 +22,10 @@ class ConversationAdmin(RecordAdmin):
     list_display = ("title_column", "turns_column", "user", "created_column")
     list_select_related = ("user",)
     search_fields = ("title",)
+    searched_name = "title"
     search_help_text = _("The conversation's UUID, or its exact title.")
     fields = (("uuid", "user", "created_at"),)
     heavy_fields = ("system",)
-
-    def get_search_results(
-        self, request: HttpRequest, queryset: QuerySet[Any], search_term: str
-    ) -> tuple[QuerySet[Any], bool]:
-        term = search_term.strip()
-        if not term:
-            return queryset, False
-        uuid = as_uuid(term)
-        return queryset.filter(**({"uuid": uuid} if uuid else {"title": term})), False
 
     def complete_page(self, request: HttpRequest, rows: list[Conversation]) -> None:
         counted = (

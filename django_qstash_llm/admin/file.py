@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from django.contrib import admin
-from django.db.models import QuerySet
 from django.http import HttpRequest
 from django.utils.safestring import SafeString
 from django.utils.translation import gettext_lazy as _
 
 from ..models import BatchInput, File
 from . import figures, text
-from .record import RecordAdmin, as_uuid
+from .record import RecordAdmin
 
 
 @admin.register(File)
@@ -29,6 +28,8 @@ class FileAdmin(RecordAdmin):
     list_filter = ("purpose",)
     list_select_related = ("api_key", "user")
     search_fields = ("filename",)
+    searched_name = "filename"
+    uuid_prefix = "file-"
     search_help_text = _("The file's id or UUID, or its exact name.")
     fields = (
         ("uuid", "purpose", "size_column"),
@@ -36,15 +37,6 @@ class FileAdmin(RecordAdmin):
         ("batch", "created_at", "expires_at"),
     )
     readonly_fields = ("size_column",)
-
-    def get_search_results(
-        self, request: HttpRequest, queryset: QuerySet[Any], search_term: str
-    ) -> tuple[QuerySet[Any], bool]:
-        term = search_term.strip()
-        if not term:
-            return queryset, False
-        uuid = as_uuid(term.removeprefix("file-"))
-        return queryset.filter(**({"uuid": uuid} if uuid else {"filename": term})), False
 
     @admin.display(description=_("bytes"))
     def size_column(self, file: File) -> str:

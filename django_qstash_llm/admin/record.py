@@ -58,6 +58,10 @@ class RecordAdmin(_ModelAdmin):
 
     heavy_fields: Sequence[str] = ()
     """Not read for the list."""
+    searched_name = ""
+    """The field that is searched for what is no UUID: whole, so that an index serves."""
+    uuid_prefix = ""
+    """What may stand before a UUID where it is shown elsewhere."""
     ordering = ("-id",)
     show_full_result_count = False
     show_facets = admin.ShowFacets.NEVER
@@ -82,6 +86,16 @@ class RecordAdmin(_ModelAdmin):
 
     def get_changelist(self, request: HttpRequest, **kwargs: Any) -> type[ChangeList]:
         return RecordList
+
+    def get_search_results(
+        self, request: HttpRequest, queryset: QuerySet[Any], search_term: str
+    ) -> tuple[QuerySet[Any], bool]:
+        term = search_term.strip()
+        if not (term and self.searched_name):
+            return super().get_search_results(request, queryset, search_term)
+        uuid = as_uuid(term.removeprefix(self.uuid_prefix))
+        wanted = {"uuid": uuid} if uuid else {self.searched_name: term}
+        return queryset.filter(**wanted), False
 
     def complete_page(self, request: HttpRequest, rows: list[Any]) -> None:
         """Give the rows of one page of the list what they show of other tables, all at once."""
@@ -112,6 +126,19 @@ class RecordAdmin(_ModelAdmin):
 
     def page_url(self, obj: models.Model) -> str:
         return _url(self.admin_site, type(obj), "change", obj.pk)
+
+
+class MadeByPeople(RecordAdmin):
+    """Of what, unlike what happened, is for people to make and change."""
+
+    def has_add_permission(self, request: HttpRequest) -> bool:
+        return _ModelAdmin.has_add_permission(self, request)
+
+    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return _ModelAdmin.has_change_permission(self, request, obj)
+
+    def has_act_permission(self, request: HttpRequest) -> bool:
+        return self.has_change_permission(request)
 
 
 def _url(site: admin.AdminSite, model: type[models.Model], view: str, *args: Any) -> str:

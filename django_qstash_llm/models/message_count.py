@@ -22,7 +22,7 @@ from datetime import date, datetime, timedelta
 from decimal import Decimal
 from itertools import takewhile
 
-from django.db import connections, models, transaction
+from django.db import models, transaction
 from django.db.models import F, Subquery, Sum
 from django.db.models.functions import Coalesce
 from django.utils import timezone
@@ -31,6 +31,7 @@ from django.utils.translation import gettext_lazy as _
 from ..conf import app_settings
 from .callback import CallbackResponse, Kind
 from .ledger import day_of
+from .spend import lock_out_writers
 
 AT_ONCE = 5000
 """Receipts that are counted in one transaction."""
@@ -109,7 +110,7 @@ class MessageCountQuerySet(models.QuerySet["MessageCount"]):
         if not self._settled(1, now):
             return 0
         with transaction.atomic(using=self.db):
-            self._lock()
+            lock_out_writers(self.model, using=self.db)
             receipts = self._settled(AT_ONCE, now)
             if not receipts:
                 return 0
@@ -119,14 +120,6 @@ class MessageCountQuerySet(models.QuerySet["MessageCount"]):
                 if not self.filter(day=day).update(**added, last_receipt=last):
                     self.create(day=day, **counts, last_receipt=last)
         return len(receipts)
-
-    def _lock(self) -> None:
-        """Until the transaction ends nobody else counts. (SQLite has one writer anyway.)"""
-        connection = connections[self.db]
-        if connection.vendor == "postgresql":
-            with connection.cursor() as cursor:
-                table = connection.ops.quote_name(self.model._meta.db_table)
-                cursor.execute(f"LOCK TABLE {table} IN SHARE ROW EXCLUSIVE MODE")
 
 
 class MessageCount(models.Model):

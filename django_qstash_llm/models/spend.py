@@ -27,6 +27,16 @@ ROWS_AT_ONCE = 200
 ENTRIES_AT_ONCE = 5000
 
 
+def lock_out_writers(model: type[models.Model], *, using: str) -> None:
+    """Until the transaction ends nobody else writes rows of ``model``; they are read as before. (SQLite
+    has one writer anyway.)"""
+    connection = connections[using]
+    if connection.vendor == "postgresql":
+        with connection.cursor() as cursor:
+            table = connection.ops.quote_name(model._meta.db_table)
+            cursor.execute(f"LOCK TABLE {table} IN SHARE ROW EXCLUSIVE MODE")
+
+
 class Dimension(models.TextChoices):
     """By what it is added up, beside day, provider and model."""
 
@@ -188,7 +198,7 @@ class SpendQuerySet(models.QuerySet["Spend"]):
         """
         self._for_write = True
         with transaction.atomic(using=self.db):
-            self._lock()
+            lock_out_writers(self.model, using=self.db)
             self.all().delete()
             sums, done = self._ledger_added_up(on_progress)
             rows = sorted(sums.items())
@@ -203,7 +213,7 @@ class SpendQuerySet(models.QuerySet["Spend"]):
         unless somebody has meddled. Settling waits meanwhile."""
         self._for_write = True
         with transaction.atomic(using=self.db):
-            self._lock()
+            lock_out_writers(self.model, using=self.db)
             sums, _done = self._ledger_added_up(on_progress)
             found = []
             rows = self.order_by().values_list(*Key._fields, *SUMMED)
@@ -214,14 +224,6 @@ class SpendQuerySet(models.QuerySet["Spend"]):
                     found.append(Difference(key, figures, expected))
             found += [Difference(key, None, e) for key, e in sums.items() if e != _NOTHING]
         return sorted(found, key=lambda difference: difference.key)
-
-    def _lock(self) -> None:
-        """Until the transaction ends nothing is added. (SQLite has one writer anyway.)"""
-        connection = connections[self.db]
-        if connection.vendor == "postgresql":
-            with connection.cursor() as cursor:
-                table = connection.ops.quote_name(self.model._meta.db_table)
-                cursor.execute(f"LOCK TABLE {table} IN SHARE ROW EXCLUSIVE MODE")
 
     def _ledger_added_up(
         self, on_progress: Callable[[int], None]
