@@ -7,7 +7,8 @@ import logging
 from django.core.mail import send_mail
 from django.utils import timezone
 
-from .models.budget import Alert, Budget
+from .models.alert import Alert
+from .models.budget import Budget
 from .signals import budget_threshold_reached
 
 logger = logging.getLogger(__name__)

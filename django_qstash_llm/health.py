@@ -18,9 +18,10 @@ from django.utils.translation import gettext as _
 from . import triggers
 from .conf import app_settings
 from .models import Budget, CallbackResponse, Circuit, Lane, LedgerEntry, LLMRequest
-from .models.budget import Alert, _aware, _column
+from .models.alert import Alert
 from .models.callback import Kind
 from .models.circuit import QSTASH
+from .models.moments import as_stored, aware
 from .models.outbox import Outbox
 from .models.replay import QUARANTINED, UNREAD
 from .models.request import ANNOUNCED
@@ -303,8 +304,8 @@ def _reached(using: str, at: datetime) -> list[Alert]:
         return []
     is_of_now = Q(pk__in=[])
     for budget in budgets:
-        since = budget.since(_aware(at))
-        is_of_now |= Q(budget=budget, crossed_at__gte=_column(since))
+        since = budget.since(aware(at))
+        is_of_now |= Q(budget=budget, crossed_at__gte=as_stored(since))
     alerts = Alert.objects.using(using).filter(is_of_now).select_related("budget")
     highest: dict[int, Alert] = {}
     for alert in alerts.order_by("threshold", "pk"):

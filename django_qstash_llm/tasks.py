@@ -15,7 +15,7 @@ from kombu.exceptions import OperationalError
 
 from . import alerting, triggers
 from .models import CallbackResponse, File, KeptAnswer, Lane, LLMRequest
-from .models.budget import Alert
+from .models.alert import Alert
 from .models.cancellation import Cancellations
 from .models.doorbell import Bell
 from .models.intake import Intake

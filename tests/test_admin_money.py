@@ -33,7 +33,8 @@ from django_qstash_llm.models import (
     LLMRequest,
     Spend,
 )
-from django_qstash_llm.models.budget import Alert, Standing
+from django_qstash_llm.models.alert import Alert
+from django_qstash_llm.models.budget import Standing
 from django_qstash_llm.models.ledger import Total
 from django_qstash_llm.models.settlement import settle
 from testproject.articles.models import Article

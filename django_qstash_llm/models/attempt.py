@@ -22,7 +22,7 @@ from ..limits import Trouble
 from ..qstash import Callback
 from ..qstash.durations import SECONDS_PER_UNIT
 from ..qstash.retry import delay_before_retry, delay_from_headers
-from .request import _aware
+from .moments import aware
 
 LONGEST_LINE = 300
 """Characters of the provider's words that stand in a sentence."""
@@ -131,7 +131,7 @@ class Attempt(models.Model):
         A 200 that holds no error has no trouble, whatever else is wrong with it.
         """
         without_secrets = app_settings().without_secrets
-        now = _aware(at).timestamp()
+        now = aware(at).timestamp()
         headers = {name.lower(): values[0] for name, values in callback.header.items() if values}
         reading = limits.read(callback.status, headers, body, now=now)
         self.trouble = reading.trouble or ""

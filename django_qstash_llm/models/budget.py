@@ -17,10 +17,9 @@ from decimal import ROUND_CEILING, Decimal, InvalidOperation
 from typing import Any, Protocol, Self
 from zoneinfo import ZoneInfo, available_timezones
 
-from django.conf import settings
 from django.core.exceptions import ValidationError
 from django.core.validators import validate_email
-from django.db import DatabaseError, connections, models, transaction
+from django.db import DatabaseError, models, transaction
 from django.db.models import F, Q, Sum
 from django.utils import timezone
 from django.utils.translation import gettext_lazy as _
@@ -28,10 +27,13 @@ from django.utils.translation import gettext_lazy as _
 from ..conf import app_settings
 from ..exceptions import BudgetExceeded
 from ..pricing import WorstCosts
+from .alert import Alert
 from .doorbell import Bell, ring_on_commit
 from .ledger import LedgerEntry, texts_in
-from .money import MOST, STEP, USDField, units, usd
-from .request import UNFINISHED, LLMRequest
+from .moments import as_stored, aware
+from .money import MOST, STEP, USDField, dollars, units, usd
+from .reservation import Reservation
+from .tally import Tally
 
 logger = logging.getLogger(__name__)
 
@@ -309,8 +311,8 @@ class _Account:
                 **figures,
             )
         return BudgetExceeded(
-            f"The budget {budget.in_words} has {_usd(max(left, Decimal(0)))} left, and this request may cost "
-            f"{_usd(most)}: {_usd(self.spent)} are spent, and {_usd(self.reserved)} reserved for requests "
+            f"The budget {budget.in_words} has {dollars(max(left, Decimal(0)))} left, and this request may cost "
+            f"{dollars(most)}: {dollars(self.spent)} are spent, and {dollars(self.reserved)} reserved for requests "
             f"under way. {budget.renewal_in_words(self.now)}",
             **figures,
             renews_at=budget.renews_at(self.now),
@@ -475,7 +477,7 @@ class Budget(models.Model):
     def spent(self, now: datetime) -> Decimal:
         """USD in the period of ``now``, as far as it is settled."""
         self.count_if_needed(now)
-        since = _column(self.since(now))
+        since = as_stored(self.since(now))
         is_rolling = self.period == Period.ROLLING
         of_now = self.tallies.filter(**{"starts_at__gte" if is_rolling else "starts_at": since})
         spent: Decimal | None = of_now.aggregate(total=Sum("spent"))["total"]
@@ -511,16 +513,16 @@ class Budget(models.Model):
             since = self.since(now)
             sums: dict[datetime, Decimal] = defaultdict(Decimal)
             entries = LedgerEntry.objects.using(using).filter(
-                is_folded=True, at__gte=_column(since)
+                is_folded=True, at__gte=as_stored(since)
             )
             if self.scope in (Scope.PROVIDER, Scope.TENANT, Scope.USER, Scope.API_KEY):
                 entries = entries.filter(**{self.scope: self.value})
             for entry in entries.order_by().values(*ENTRY_FIELDS).iterator(chunk_size=2000):
                 if (self.scope, self.value) in places_of_entry(entry):
-                    sums[self.starts_at(_aware(entry["at"]))] += entry["spent"]
+                    sums[self.starts_at(aware(entry["at"]))] += entry["spent"]
             Tally.objects.using(using).bulk_create(
                 [
-                    Tally(budget=self, starts_at=_column(at), spent=spent)
+                    Tally(budget=self, starts_at=as_stored(at), spent=spent)
                     for at, spent in sums.items()
                 ]
             )
@@ -544,7 +546,7 @@ class Budget(models.Model):
             Period.ROLLING: f"in {self.days} days",
         }[Period(self.period)]
         of = "" if self.scope == Scope.ALL else f", {self.scope.replace('_', ' ')} {self.value}"
-        return f"“{self.name}” ({_usd(self.amount)} {period}{of})"
+        return f"“{self.name}” ({dollars(self.amount)} {period}{of})"
 
     def renewal_in_words(self, now: datetime) -> str:
         renews_at = self.renews_at(now)
@@ -573,134 +575,6 @@ class Standing:
         return Decimal(100) if not self.amount else 100 * self.spent / self.amount
 
 
-class ReservationQuerySet(models.QuerySet["Reservation"]):
-    def make(self, made: Sequence[tuple[int, Any, int]]) -> None:
-        """Store those of these budgets, requests and amounts in 1e-12 USD. By hand: there is one for
-        every request that is submitted."""
-        if not made:
-            return
-        connection = connections[self.db]
-        table = connection.ops.quote_name(self.model._meta.db_table)
-        into = f"INSERT INTO {table} (budget_id, llm_request_id, amount)"
-        with connection.cursor() as cursor:
-            if connection.vendor == "postgresql":
-                columns = [list(column) for column in zip(*made, strict=True)]
-                arrays = "SELECT * FROM unnest(%s::bigint[], %s::bigint[], %s::bigint[])"
-                cursor.execute(f"{into} {arrays}", columns)
-            else:
-                cursor.executemany(f"{into} VALUES (%s, %s, %s)", made)
-
-    def over(self) -> Self:
-        """Those of what has ended, or was deleted."""
-        return self.filter(Q(llm_request=None) | ~Q(llm_request__state__in=UNFINISHED))
-
-    def let_go(self, keys: Sequence[int]) -> dict[int, Decimal]:
-        """Delete those of ``keys`` that are still there, and of what is not asked again since; what that
-        frees of each budget, by its key. The budgets are locked, so that nobody else lets go of them, or
-        relies on them, at the same time."""
-        sums: dict[int, Decimal] = defaultdict(Decimal)
-        there = list(self.over().filter(pk__in=keys).values_list("pk", "budget_id", "amount"))
-        for _pk, budget_id, amount in there:
-            sums[budget_id] += amount
-        if there:
-            self.filter(pk__in=[pk for pk, _, _ in there])._raw_delete(self.db)
-        return sums
-
-
-class Reservation(models.Model):
-    """What is held of a budget for a request under way."""
-
-    budget = models.ForeignKey(
-        Budget, on_delete=models.CASCADE, related_name="reservations", db_index=False
-    )
-    llm_request = models.ForeignKey(
-        # Deleted while it is held: the settlement lets go of it.
-        LLMRequest,
-        on_delete=models.SET_NULL,
-        null=True,
-        related_name="reservations",
-        db_index=False,
-        db_constraint=False,  # nothing is made for a request that is not there, or kept
-    )
-    amount = USDField(_("amount"))
-
-    objects = ReservationQuerySet.as_manager()
-
-    class Meta:
-        verbose_name = _("reservation")
-        verbose_name_plural = _("reservations")
-        constraints = (
-            # In this order it is the index by request as well.
-            models.UniqueConstraint(fields=["llm_request", "budget"], name="llm_reserved_once"),
-        )
-
-    def __str__(self) -> str:
-        return f"{self.amount} of {self.budget_id}"
-
-
-class Tally(models.Model):
-    """What was spent of a budget in one of its periods, or in a piece of a rolling one."""
-
-    budget = models.ForeignKey(
-        Budget, on_delete=models.CASCADE, related_name="tallies", db_index=False
-    )
-    starts_at = models.DateTimeField(_("starts at"))
-    spent = USDField(_("spent"), default=Decimal(0))
-
-    class Meta:
-        verbose_name = _("tally")
-        verbose_name_plural = _("tallies")
-        constraints = (
-            models.UniqueConstraint(fields=["budget", "starts_at"], name="llm_tally_of_period"),
-        )
-
-    def __str__(self) -> str:
-        return f"{self.spent} since {self.starts_at}"
-
-
-class AlertQuerySet(models.QuerySet["Alert"]):
-    def untold(self) -> Self:
-        return self.filter(told_at=None)
-
-
-class Alert(models.Model):
-    """A threshold that was reached. Told once: by the signal, by e-mail and in the log."""
-
-    budget = models.ForeignKey(
-        Budget, on_delete=models.CASCADE, related_name="alerts", db_index=False
-    )
-    starts_at = models.DateTimeField(_("period"))
-    """When the period began; of a rolling one, which of its lengths since 1970 it is."""
-    threshold = models.PositiveSmallIntegerField(_("threshold"), help_text=_("Percent."))
-    spent = USDField(_("spent"))
-    amount = USDField(_("amount"))
-    crossed_at = models.DateTimeField(_("reached at"))
-    told_at = models.DateTimeField(_("told at"), null=True, blank=True)
-
-    objects = AlertQuerySet.as_manager()
-
-    class Meta:
-        verbose_name = _("budget alert")
-        verbose_name_plural = _("budget alerts")
-        ordering = ("-id",)
-        constraints = (
-            models.UniqueConstraint(
-                fields=["budget", "starts_at", "threshold"], name="llm_alert_once"
-            ),
-        )
-        indexes = (models.Index(fields=["id"], name="llm_alert_untold", condition=Q(told_at=None)),)
-
-    def __str__(self) -> str:
-        return self.in_words
-
-    @property
-    def in_words(self) -> str:
-        return (
-            f"{self.threshold} % of the budget {self.budget.in_words} are spent: "
-            f"{_usd(self.spent)} of {_usd(self.amount)}."
-        )
-
-
 ENTRY_FIELDS = ("at", "provider", "model", "tenant", "user", "labels", "api_key", "spent")
 
 
@@ -725,13 +599,13 @@ def note_spending(
     for entry in entries:
         for place in places_of_entry(entry):
             for budget in by_place.get(place, ()):
-                sums[budget.pk, budget.starts_at(_aware(entry["at"]))] += entry["spent"]
+                sums[budget.pk, budget.starts_at(aware(entry["at"]))] += entry["spent"]
     tallies = Tally.objects.using(locked[0]._state.db)
     for (pk, starts_at), spent in sums.items():
-        if spent and not tallies.filter(budget=pk, starts_at=_column(starts_at)).update(
+        if spent and not tallies.filter(budget=pk, starts_at=as_stored(starts_at)).update(
             spent=F("spent") + usd(spent)
         ):
-            tallies.create(budget_id=pk, starts_at=_column(starts_at), spent=spent)
+            tallies.create(budget_id=pk, starts_at=as_stored(starts_at), spent=spent)
 
 
 def note_thresholds(budget: Budget, *, now: datetime) -> None:
@@ -773,21 +647,3 @@ def _is_amount(value: Any) -> bool:
     except InvalidOperation:
         return False
     return amount.is_finite() and 0 <= amount <= MOST
-
-
-def _column(at: datetime) -> datetime:
-    """As the columns hold it: with USE_TZ off in local time."""
-    return at if settings.USE_TZ else timezone.make_naive(at, timezone.get_default_timezone())
-
-
-def _aware(at: datetime) -> datetime:
-    return at if timezone.is_aware(at) else timezone.make_aware(at, timezone.get_default_timezone())
-
-
-def _usd(amount: Decimal) -> str:
-    shown = (
-        amount.quantize(Decimal("0.01"))
-        if amount == amount.quantize(Decimal("0.01"))
-        else amount.normalize()
-    )
-    return f"${shown:,f}"

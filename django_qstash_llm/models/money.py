@@ -83,3 +83,9 @@ def units(amount: Decimal) -> int:
 def usd(amount: Decimal) -> models.Value:
     """``amount`` as part of an expression over a ``USDField``."""
     return models.Value(amount, output_field=USDField())
+
+
+def dollars(amount: Decimal) -> str:
+    """``amount`` of USD in words: whole cents as such, and of less all there is."""
+    cents = amount.quantize(Decimal("0.01"))
+    return f"${cents if amount == cents else amount.normalize():,f}"

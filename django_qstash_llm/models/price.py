@@ -37,6 +37,7 @@ from django.utils.translation import gettext_lazy as _
 from ..cleaning import clean_text
 from ..exceptions import IllegalState, InvalidRequest
 from ..pricing import ABSURD, CLASSES, STANDARD_TIERS, PriceList, Rate, is_count, means
+from .moments import aware
 
 KNOWN_FOR = 30.0
 """Seconds for which a process goes by the prices it has read."""
@@ -310,7 +311,7 @@ def known_prices(at: datetime) -> PriceList:
     if _is_changing(using):
         return _read(using)  # as this transaction sees them, which may come to nothing
     known = _known.get(using)
-    if known is None or not known.is_good_for(_aware(at)):
+    if known is None or not known.is_good_for(aware(at)):
         asked_at, asked_on = datetime.now(UTC), time.monotonic()
         version = _version(using)
         prices = known.prices if known and known.version == version else _read(using)
@@ -336,10 +337,6 @@ def _version(using: str) -> tuple[Any, ...]:
 def _read(using: str) -> PriceList:
     rows = Price.objects.using(using).values_list(*KEY, "amount", "since", "until")
     return PriceList(Rate(*row) for row in rows)
-
-
-def _aware(at: datetime) -> datetime:
-    return timezone.make_aware(at) if timezone.is_naive(at) else at
 
 
 def forget_prices(using: str | None = None) -> None:

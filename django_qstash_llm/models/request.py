@@ -46,6 +46,7 @@ from . import inbox
 from .doorbell import Bell, ring_on_commit
 from .forgetting import changes_at_end
 from .ledger import LedgerEntry, Total
+from .moments import aware
 
 if TYPE_CHECKING:
     from ..chat import AsyncStream, Stream
@@ -350,7 +351,7 @@ class OverTheWire:
         return Options(
             content_type="application/json",
             headers=headers or {},
-            not_before=self.not_before and _aware(self.not_before),
+            not_before=self.not_before and aware(self.not_before),
             retries=self.retries,
             retry_delay=self.retry_delay,
             timeout=self.timeout,
@@ -617,7 +618,7 @@ class LLMRequest(OverTheWire, models.Model):
         if self.finished_at is None:
             return f"{self.uuid}-{self.state}"
         # In UTC: the row that has just ended and the row as it is read again say the same.
-        ended_at = _aware(self.finished_at).astimezone(UTC)
+        ended_at = aware(self.finished_at).astimezone(UTC)
         return f"{self.uuid}-{self.state}-{ended_at:%Y%m%dT%H%M%S.%f}"
 
     # --- asking ---
@@ -704,7 +705,7 @@ class LLMRequest(OverTheWire, models.Model):
                 settings.USE_TZ and timezone.is_naive(self.not_before)
             ):
                 raise InvalidRequest("not_before", "give an aware datetime")
-            if _aware(self.not_before) > datetime.now(UTC) + timedelta(seconds=LONGEST_DELAY):
+            if aware(self.not_before) > datetime.now(UTC) + timedelta(seconds=LONGEST_DELAY):
                 raise InvalidRequest(
                     "not_before", "more than a year ahead, further than QStash keeps it"
                 )
@@ -1381,13 +1382,6 @@ def _as_delay(delay: float | timedelta) -> timedelta:
             "delay", f"{delay!r} is not between 0 and a year: give seconds or a timedelta"
         )
     return timedelta(seconds=seconds)
-
-
-def _aware(moment: datetime) -> datetime:
-    """With USE_TZ off the columns hold the local time."""
-    if timezone.is_aware(moment):
-        return moment
-    return timezone.make_aware(moment, timezone.get_default_timezone())
 
 
 def refuse_via(asked: Mapping[str, Any]) -> None:

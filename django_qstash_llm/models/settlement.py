@@ -16,9 +16,10 @@ from django.db.models import F, Q
 from django.utils import timezone
 
 from . import budget, spend
-from .budget import Budget, Reservation, note_spending, note_thresholds
+from .budget import Budget, note_spending, note_thresholds
 from .ledger import LedgerEntry
 from .money import usd
+from .reservation import Reservation
 from .spend import Spend
 
 AT_ONCE = 1000

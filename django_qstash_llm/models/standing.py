@@ -11,9 +11,11 @@ from typing import Any
 from django.db.models import Q
 from django.utils import timezone
 
-from .budget import Budget, Period, Standing, Tally, _aware, _column
+from .budget import Budget, Period, Standing
+from .moments import as_stored, aware
 from .money import STEP
 from .settlement import settle
+from .tally import Tally
 
 EARLY = Decimal("0.02")
 """The part of a period before which what was spent in it says nothing of the whole."""
@@ -35,7 +37,7 @@ def standings(budgets: Sequence[Budget], *, now: datetime | None = None) -> dict
         budget.reserved, budget.counted_as = known.get(budget.pk, (Decimal(0), ""))
         if budget.is_active:  # one that is paused stands as it did then
             budget.count_if_needed(now)  # of one that is new, or was changed: once
-        since = _column(budget.since(now))
+        since = as_stored(budget.since(now))
         is_rolling = budget.period == Period.ROLLING
         counted |= Q(
             **{"budget": budget.pk, "starts_at__gte" if is_rolling else "starts_at": since}
@@ -54,7 +56,7 @@ def forecast(budget: Budget, standing: Standing, now: datetime) -> Decimal | Non
     in it, and for “the last days”, which do not end."""
     if standing.renews_at is None:
         return None
-    now = _aware(now)
+    now = aware(now)
     since = budget.since(now)
     gone = (now - since).total_seconds()
     part = Decimal(gone) / Decimal((standing.renews_at - since).total_seconds())

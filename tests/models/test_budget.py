@@ -17,10 +17,12 @@ from django_qstash_llm import alerting, tasks
 from django_qstash_llm.completions import Usage
 from django_qstash_llm.exceptions import BudgetExceeded
 from django_qstash_llm.models import Budget, LedgerEntry, LLMRequest, Spend
-from django_qstash_llm.models.budget import Alert, Reservation, Tally
+from django_qstash_llm.models.alert import Alert
 from django_qstash_llm.models.money import MOST as MOST_USD
 from django_qstash_llm.models.outbox import Outbox
+from django_qstash_llm.models.reservation import Reservation
 from django_qstash_llm.models.settlement import settle
+from django_qstash_llm.models.tally import Tally
 from django_qstash_llm.pricing import Cost, worst_cost
 from django_qstash_llm.qstash import Callback
 from django_qstash_llm.signals import budget_threshold_reached

@@ -15,8 +15,8 @@ from django.db import connection
 from django.utils import timezone
 
 from django_qstash_llm.models import Budget, LedgerEntry, LLMRequest, Spend
-from django_qstash_llm.models.budget import Reservation
 from django_qstash_llm.models.outbox import Outbox
+from django_qstash_llm.models.reservation import Reservation
 from django_qstash_llm.models.settlement import settle
 from django_qstash_llm.pricing import worst_cost
 from tests.models.crowd import PRICES, Provider, play

@@ -12,7 +12,7 @@ from django.db import connections, transaction
 from django_qstash_llm.completions import Usage
 from django_qstash_llm.exceptions import BudgetExceeded
 from django_qstash_llm.models import Budget, LedgerEntry, LLMRequest, settlement
-from django_qstash_llm.models.budget import Reservation
+from django_qstash_llm.models.reservation import Reservation
 from django_qstash_llm.models.settlement import settle
 from django_qstash_llm.pricing import Cost
 from tests.wire import Wire
