@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Self
 from uuid import UUID
 
 from django.db import DataError, IntegrityError, models, transaction
@@ -111,11 +111,15 @@ class CallbackResponseQuerySet(models.QuerySet["CallbackResponse"]):
         try:
             return self._store(receipt, callback)
         except UNSTORABLE as error:
-            if isinstance(error, IntegrityError) and (told := self._told_before(receipt)):
-                if same := receipt.seen_among(told):
+            of_message, told = self._of_message(receipt), None
+            if isinstance(error, IntegrityError):
+                told = of_message.filter(retried=receipt.retried).defer("header").first()
+            if told is not None:
+                if same := receipt.seen_among(told, of_message):
                     return same
                 # Told of the first attempt, as an envelope is that does not say of which.
-                free = next(number for number in itertools.count() if number not in told)
+                numbers = set(of_message.values_list("retried", flat=True))
+                free = next(number for number in itertools.count() if number not in numbers)
                 note = f"told as attempt {receipt.attempt}, of which something else was told before"
                 return self.receive(
                     replace(callback, retried=free, notes=(*callback.notes, note)),
@@ -182,11 +186,9 @@ class CallbackResponseQuerySet(models.QuerySet["CallbackResponse"]):
         receipt.ring()
         return True
 
-    def _told_before(self, receipt: CallbackResponse) -> dict[int, CallbackResponse]:
-        """Where something is stored of the same attempt: what is stored of all, by ``retried``."""
-        of_message = self.filter(source_message_id=receipt.source_message_id, kind=receipt.kind)
-        told = {each.retried: each for each in of_message.defer("header", "body")}
-        return told if receipt.retried in told else {}
+    def _of_message(self, receipt: CallbackResponse) -> Self:
+        """What is stored of the same message, of each of its attempts."""
+        return self.filter(source_message_id=receipt.source_message_id, kind=receipt.kind)
 
     def _store_unread(self, receipt: CallbackResponse, error: Exception) -> CallbackResponse:
         with transaction.atomic(using=self.db):
@@ -351,11 +353,15 @@ class CallbackResponse(Attempt):
     def is_answer(self) -> bool:
         return self.kind == Kind.CALLBACK and 200 <= self.status < 300
 
-    def seen_among(self, told: Mapping[int, CallbackResponse]) -> CallbackResponse | None:
-        """Of what is stored of the same message the one that says the same, counted once more."""
-        same: CallbackResponse | None = told[self.retried]
-        if same and self._is_other_answer(same):
-            same = next((each for each in told.values() if not self._is_other_answer(each)), None)
+    def seen_among(
+        self, told: CallbackResponse, of_message: CallbackResponseQuerySet
+    ) -> CallbackResponse | None:
+        """Of what is stored of the same message the one that says the same, counted once more: ``told``,
+        of the same attempt, or one of the others."""
+        same: CallbackResponse | None = told
+        if self._is_other_answer(told):
+            others = of_message.exclude(pk=told.pk).defer("header", "body")
+            same = next((each for each in others if not self._is_other_answer(each)), None)
         if same:
             type(self).objects.using(same._state.db).filter(pk=same.pk).update(
                 seen_count=F("seen_count") + 1
