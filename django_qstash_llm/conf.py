@@ -188,6 +188,11 @@ class AppSettings:
         """Name -> ``providers.Provider``, of those that have been asked for."""
         return {}
 
+    @cached_property
+    def found_prices(self) -> dict[tuple[str, tuple[str, ...]], Any]:
+        """Provider and names of a model -> what ``prices`` says of it, of those that were looked for."""
+        return {}
+
     def without_secrets(self, text: str, *, limit: int | None = None) -> str:
         """``text`` of others with our keys blacked out: some repeat the key they refuse.
 
@@ -207,7 +212,7 @@ class AppSettings:
         the work, and every callback is looked at."""
         if self._is_any_secret_hidden:
             return True
-        text = repr(value)
+        text = value if isinstance(value, str) else repr(value)
         return any(secret in text for secret in self.secrets)
 
     @cached_property

@@ -41,7 +41,7 @@ OUTPUT_CAPS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 DEFAULT_OUTPUT_CAP = 16_384
 """Tokens, where neither the request nor ``OUTPUT_CAP`` says anything."""
 MOST_MISSES = 1000
-"""How many names that it does not know genai-prices may remember."""
+"""How many names are remembered, with what is said of them: names are anybody's."""
 
 
 class Line(NamedTuple):
@@ -503,6 +503,16 @@ def _tariff(in_force: Sequence[Rate], tier: str, input_tokens: int) -> Found | N
 
 
 def _in_settings(provider: str, names: Sequence[str]) -> Found | None:
+    known, key = app_settings().found_prices, (provider, tuple(names))
+    if key not in known:
+        if len(known) >= MOST_MISSES:
+            known.clear()
+        known[key] = _look_in_settings(provider, names)
+    found: Found | None = known[key]
+    return found
+
+
+def _look_in_settings(provider: str, names: Sequence[str]) -> Found | None:
     full = [f"{provider}/{name}" for name in names]
     for name in _in_settings_as(full):
         try:

@@ -12,17 +12,21 @@ with one: on PostgreSQL one statement, on SQLite a short transaction.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
-from typing import Any, TypeVar
+from datetime import datetime, tzinfo
+from functools import lru_cache, partial
+from typing import Any, NamedTuple, TypeVar, cast
 from uuid import UUID
 
 from django.db import DatabaseError, connections, models, transaction
 from django.db.models.base import ModelState
+from django.utils import timezone
 
 from .money import USDField
 
 try:
     from psycopg import Cursor, adapters, pq
+
+    _TIMESTAMPTZ: int = adapters.types["timestamptz"].oid
 except ImportError:  # psycopg2, or no PostgreSQL at all
     Cursor: Any = None  # type: ignore[no-redef]
 
@@ -59,7 +63,7 @@ def _defaults(model: type[models.Model]) -> dict[str, Any]:
 @lru_cache(maxsize=16)
 def _made_anew(model: type[models.Model]) -> list[tuple[str, Callable[[], Any]]]:
     return [
-        (field.attname, field.get_default)
+        (field.attname, field.default)
         for field in model._meta.concrete_fields
         if field.attname not in _defaults(model)
     ]
@@ -89,13 +93,14 @@ def can_suppose(using: str) -> bool:
     return connections[using].vendor == "postgresql"
 
 
-def suppose(model: type[Row], values: Mapping[str, Any], *, to_learn: str, using: str) -> Row:
+def suppose(
+    model: type[Row], values: Mapping[str, Any], *, to_learn: tuple[str, ...], using: str
+) -> Row:
     """A row that nobody has looked at, for ``store_at_once``, which writes if it is there and holds
-    these ``values``. What the field ``to_learn`` holds is known after that, as is its key."""
-    row = new(model)
-    row.__dict__.update(values)
+    these ``values``. What the columns ``to_learn`` hold is known after that, as is its key."""
+    row = new(model, **values)
     names = tuple(values)
-    row.__dict__[VERSION] = names, _prepared(model, names, values.values(), using)
+    row.__dict__[VERSION] = names, _prepared(model, names, values.values(), connections[using])
     row.__dict__[TO_LEARN] = to_learn
     row._state.adding, row._state.db = False, using
     return row
@@ -115,18 +120,17 @@ def _look(
     suffix: str = "",
 ) -> Row | None:
     connection = connections[using]
-    sql, attnames, converters = _select(model, names, using, by, version, suffix)
-    found = _fetch(sql, _prepared(model, (by,), [value], using), using)
+    sql = _select(model, names, using, by, version, suffix)
+    found = _fetch(sql, _prepared(model, (by,), [value], connection), connection)
     if found is None:
         return None
-    values = list(found)
-    mark = values[-1]
-    values[-1] = (names, found[:-1]) if mark is None else (("id", MARK), (values[0], mark))
-    for index, convert in converters:
-        values[index] = convert(values[index], connection)
-    # What ``from_db`` does, without asking each of sixty fields whether it was loaded.
+    *held, mark = found
     row = model.__new__(model)
-    row.__dict__.update(zip(attnames, values, strict=True), _state=ModelState())
+    # What ``from_db`` does, without asking each of sixty fields whether it was loaded.
+    row.__dict__.update(_state=ModelState(), **_read(model, names, held, connection))
+    row.__dict__[VERSION] = (
+        (names, tuple(held)) if mark is None else (("id", MARK), (held[0], mark))
+    )
     row._state.adding, row._state.db = False, using
     return row
 
@@ -134,13 +138,12 @@ def _look(
 def insert(row: models.Model, *, using: str) -> None:
     """Store a new row; its key is set. Sends no signals: nobody else's code runs here."""
     connection = connections[using]
-    names, usual, values = _stored(row, using)
+    given, values = _given(row, connection)
     if connection.features.can_return_columns_from_insert:
-        sql = _insert(type(row), names, usual, using, returning=True)
-        [row.pk] = _fetch(sql, values, using)
+        [row.pk] = _fetch(_insert(row, given, using, returning=True), values, connection)
     else:
         with connection.cursor() as cursor:
-            cursor.execute(_insert(type(row), names, usual, using, returning=False), values)
+            cursor.execute(_insert(row, given, using), values)
             key: Any = row._meta.pk
             row.pk = connection.ops.last_insert_id(cursor, row._meta.db_table, key.column)
     row._state.adding, row._state.db = False, using
@@ -148,9 +151,9 @@ def insert(row: models.Model, *, using: str) -> None:
 
 def update(row: models.Model, changes: Mapping[str, Any], *, using: str) -> None:
     """Write ``changes`` of a row that is locked."""
-    names = tuple(changes)
-    values = _prepared(type(row), names, changes.values(), using)
-    _write(_update(type(row), names, using), [*values, row.pk], using)
+    connection = connections[using]
+    sets, values = _changed(type(row), changes, connection)
+    _write(_update(type(row), sets, using, by="id"), [*values, row.pk], connection)
 
 
 def update_in(
@@ -163,21 +166,23 @@ def update_in(
 ) -> bool:
     """Write ``changes`` of a row that nobody has locked, and store ``entry``, and whether the row was
     in ``state`` still; otherwise neither is done."""
-    connection, names = connections[using], tuple(changes)
-    values = [*_prepared(type(row), names, changes.values(), using), row.pk, state]
+    connection, model = connections[using], type(row)
+    sets, values = _changed(model, changes, connection)
     # Not as it is: of an index that holds the rows in one state PostgreSQL believes that these are
     # few, and reads all that have been in it since the last vacuum.
-    sql = f"{_update(type(row), names, using)} AND state || '' = %s"
+    sql = f"{_update(model, sets, using, by='id')} AND state || '' = %s"
+    values += [row.pk, state]
     if entry is None:
-        return bool(_write(sql, values, using))
+        return bool(_write(sql, values, connection))
     if connection.vendor == "postgresql":
-        entered, usual, more = _stored(entry, using, without=_OF_ROW)
-        both = _update_and_enter(sql, type(entry), entered, usual, using)
-        return bool(_write(both, [*values, *more], using))
+        said = _said_of_entry(entry, changes)
+        given, more = _given(entry, connection, said)
+        both = _update_and_enter(sql, type(entry), given, said, using)
+        return bool(_write(both, [*values, *more], connection))
     if can_store_at_once(using):
-        return _write_and_insert(sql, values, [entry], using)
+        return _write_and_insert(sql, values, [entry], connection)
     with transaction.atomic(using=using, savepoint=False):
-        is_done = bool(_write(sql, values, using))
+        is_done = bool(_write(sql, values, connection))
         if is_done:
             insert(entry, using=using)
     return is_done
@@ -201,25 +206,26 @@ def store_at_once(
 ) -> bool:
     """Store ``receipt`` and ``entry`` and write ``changes`` of ``row``, all or nothing, and whether it
     was all: it is nothing when somebody has changed the row since ``look``."""
+    connection = connections[using]
     if row is None or not changes:
         if entry is None:
             insert(receipt, using=using)
-        elif connections[using].vendor == "postgresql":
-            _insert_both(receipt, entry, using)
+        elif connection.vendor == "postgresql":
+            _insert_both(receipt, entry, connection)
         else:
-            _write_and_insert("", (), [receipt, entry], using)
+            _write_and_insert("", (), [receipt, entry], connection)
         return True
-    return _AT_ONCE[connections[using].vendor](receipt, row, changes, entry, using)
+    return _AT_ONCE[connection.vendor](receipt, row, changes, entry, connection)
 
 
-def _insert_both(receipt: models.Model, entry: models.Model, using: str) -> None:
+def _insert_both(receipt: models.Model, entry: models.Model, connection: Any) -> None:
     """Of an answer that changes nothing, as nearly always where the same is told again: then PostgreSQL
     refuses both."""
-    entered, as_usual, given = _stored(entry, using)
-    stored, usual, values = _stored(receipt, using)
-    also = _insert(type(entry), entered, as_usual, using, returning=False)
-    sql = _insert(type(receipt), stored, usual, using, returning=True)
-    [receipt.pk] = _fetch(f"WITH entered AS ({also}) {sql}", [*given, *values], using)
+    using = connection.alias
+    entered, values = _given(entry, connection)
+    stored, more = _given(receipt, connection)
+    also, sql = _insert(entry, entered, using), _insert(receipt, stored, using, returning=True)
+    [receipt.pk] = _fetch(f"WITH entered AS ({also}) {sql}", [*values, *more], connection)
     receipt._state.adding, receipt._state.db = False, using
 
 
@@ -228,25 +234,28 @@ def _in_one_statement(
     row: models.Model,
     changes: Mapping[str, Any],
     entry: models.Model | None,
-    using: str,
+    connection: Any,
 ) -> bool:
-    names, (known, held) = tuple(changes), getattr(row, VERSION)
-    to_learn = getattr(row, TO_LEARN, "id")
-    stored, usual, values = _stored(receipt, using, without=_OF_REQUEST)
-    changed = _prepared(type(row), names, changes.values(), using)
-    nulls = tuple(name for name, value in zip(known, held, strict=True) if value is None)
-    held = [value for value in held if value is not None]
+    model, using = type(row), connection.alias
+    sets, values = _changed(model, changes, connection)
+    guards, held = _guards(row)
+    values += held
     entered: Entered | None = None
     if entry is not None:
-        columns, as_usual, more = _stored(entry, using, without=_OF_ROW)
-        entered, values = (type(entry), columns, as_usual), [*more, *values]
-    sql = _statement(
-        type(receipt), stored, usual, type(row), names, known, nulls, to_learn, entered, using
-    )
-    found = _fetch(sql, [*changed, *held, *values], using)
+        said = _said_of_entry(entry, changes)
+        given, more = _given(entry, connection, said)
+        entered = type(entry), given, said
+        values += more
+    to_learn = getattr(row, TO_LEARN, ())
+    said = _said_of_receipt(receipt, changes)
+    given, more = _given(receipt, connection, said)
+    told = (type(receipt), _left_out(receipt), given, said)
+    sql = _statement(told, model, sets, guards, to_learn, entered, using)
+    found = _fetch(sql, [*values, *more], connection)
     if found is None:
         return False
-    receipt.pk, row.pk, row.__dict__[to_learn] = found
+    receipt.pk, row.pk, *learned = found
+    row.__dict__.update(_read(model, to_learn, learned, connection))
     receipt.__dict__[_LINK] = row.pk
     receipt._state.adding, receipt._state.db = False, using
     return True
@@ -257,34 +266,34 @@ def _in_a_short_transaction(
     row: models.Model,
     changes: Mapping[str, Any],
     entry: models.Model | None,
-    using: str,
+    connection: Any,
 ) -> bool:
-    names, (looked_at, found) = tuple(changes), getattr(row, VERSION)
-    update = _guarded_update(type(row), names, looked_at, using)
-    changed = _prepared(type(row), names, changes.values(), using)
+    sets, values = _changed(type(row), changes, connection)
+    guards, held = _guards(row)
+    sql = _guarded_update(type(row), sets, guards, connection.alias)
     rows = [receipt] if entry is None else [receipt, entry]
-    return _write_and_insert(update, [*changed, row.pk, *found], rows, using)
+    return _write_and_insert(sql, [*values, *held], rows, connection)
 
 
 def _write_and_insert(
-    update: str, values: Sequence[Any], rows: Sequence[models.Model], using: str
+    update: str, values: Sequence[Any], rows: Sequence[models.Model], connection: Any
 ) -> bool:
-    """SQLite's way; without an ``update`` it only inserts. By hand: what ``atomic`` keeps account of takes as long as writing does."""
-    connection = connections[using]
+    """SQLite's way; without an ``update`` it only inserts. By hand: what ``atomic`` keeps account of
+    takes as long as writing does."""
+    using, is_as_it_was = connection.alias, not update
     inserts = []
     for row in rows:
-        stored, usual, given = _stored(row, using)
-        inserts.append((_insert(type(row), stored, usual, using, returning=False), given))
+        given, more = _given(row, connection)
+        inserts.append((_for_driver(_insert(row, given, using), connection), more))
     with _cursor(connection) as cursor:
         cursor.execute("BEGIN IMMEDIATE")
         try:
-            is_as_it_was = not update
             if update:
                 cursor.execute(_for_driver(update, connection), values)
                 is_as_it_was = bool(cursor.rowcount)
             if is_as_it_was:
-                for row, (sql, given) in zip(rows, inserts, strict=True):
-                    cursor.execute(_for_driver(sql, connection), given)
+                for row, (sql, more) in zip(rows, inserts, strict=True):
+                    cursor.execute(sql, more)
                     row.pk = cursor.lastrowid
             connection.commit()
         except BaseException:
@@ -304,17 +313,15 @@ _AT_ONCE = {"postgresql": _in_one_statement, "sqlite": _in_a_short_transaction}
 # --- how a statement is given to the driver --------------------------------------------------------
 
 
-def _fetch(sql: str, values: Sequence[Any], using: str) -> Any:
+def _fetch(sql: str, values: Sequence[Any], connection: Any) -> Any:
     """The first row of what it answers; None where there is none."""
-    connection = connections[using]
     with _cursor(connection) as cursor:
         cursor.execute(_for_driver(sql, connection), values)
         return cursor.fetchone()
 
 
-def _write(sql: str, values: Sequence[Any], using: str) -> int:
+def _write(sql: str, values: Sequence[Any], connection: Any) -> int:
     """How many rows it has changed."""
-    connection = connections[using]
     with _cursor(connection) as cursor:
         cursor.execute(_for_driver(sql, connection), values)
         rows: int = cursor.rowcount
@@ -340,9 +347,7 @@ def _cursor(connection: Any) -> Any:
 def _tells_time(connection: Any) -> bool:
     """Whether the driver hands moments out in the time zone that Django wants them in: as a connection
     does that was opened under the settings there are now. Else Django's cursor sees to that."""
-    loader: Any = connection.connection.adapters.get_loader(
-        adapters.types["timestamptz"].oid, pq.Format.TEXT
-    )
+    loader: Any = connection.connection.adapters.get_loader(_TIMESTAMPTZ, pq.Format.TEXT)
     return bool(loader.timezone == connection.timezone)
 
 
@@ -360,37 +365,131 @@ def _with_question_marks(sql: str) -> str:
     return sql.replace("%s", "?")
 
 
-Entered = tuple[type[models.Model], tuple[str, ...], frozenset[str]]
-"""Of an entry its model, its columns, and those of them that a statement says itself."""
+# --- what is written --------------------------------------------------------------------------------
+
+Names = tuple[str, ...]
+Sets = tuple[tuple[str, str], ...]
+"""Columns, and what is put into each: a mark, or what a statement says by itself."""
+Entered = tuple[type[models.Model], Names, Names]
+"""Of an entry its model, the columns that are given, and those that are read of its request."""
+Told = tuple[type[models.Model], frozenset[str], Names, Names]
+"""The same of a receipt, and in the middle the columns that are left to the database."""
 _LINK = "llm_request_id"
 """The column of a receipt that names its request."""
-_OF_REQUEST = {_LINK: "changed.id"}
-_READ_OF_ROW = ("provider", "model", "tenant", "user_id", "labels", "content_type_id", "api_key_id")
+_FINISHED = "changed.finished_at"
+_OF_REQUEST = {
+    "uuid": "changed.uuid",
+    _LINK: "changed.id",
+    "received_at": _FINISHED,
+    "applied_at": _FINISHED,
+}
+_COUNTED = (
+    *("input_tokens", "output_tokens", "cached_tokens", "cache_write_tokens", "reasoning_tokens"),
+    "cost_source",
+)
 _OF_ROW = {
-    **{name: f"changed.{name}" for name in ("provider", "model", "tenant", "labels")},
+    **{name: f"changed.{name}" for name in ("uuid", "provider", "model", "tenant", "labels")},
     "user": "COALESCE(changed.user_id::text, '')",
     "about_type": "changed.content_type_id",
     "api_key": "COALESCE(changed.api_key_id::text, '')",
+    "at": _FINISHED,
+    "entered_at": _FINISHED,
+    **{name: f"changed.{name}" for name in _COUNTED},
 }
-"""What the one statement knows of a request that it changes, for receipt and entry."""
+"""What the one statement knows of a request that it changes, for receipt and entry. Each value that it
+is not given again is one less to send and to read."""
+_BELONGINGS = ("uuid", "provider", "model", "tenant", "labels", "user", "about_type", "api_key")
+_READ_OF_ROW = (
+    *("id", "uuid", "provider", "model", "tenant", "user_id", "labels", "content_type_id"),
+    *("api_key_id", "finished_at", *_COUNTED),
+)
 
 
-def _stored(
-    row: Any, using: str, *, without: Mapping[str, str] | None = None
-) -> tuple[tuple[str, ...], frozenset[str], list[Any]]:
-    """The columns that are named when a new row is stored, those of them that are as they usually
-    are, which the statement says itself, and the values of the others."""
-    model: type[models.Model] = type(row)
-    names = _names_without(model, getattr(row, "left_to_the_database", _NOTHING))
-    here = row.__dict__
-    usual = frozenset(
-        name for name, value in _usual(model) if here[name] == value and name not in (without or ())
-    ) | frozenset(without or ())
-    named = tuple(name for name in names if name not in usual)
-    return names, usual, _prepared(model, named, [here[name] for name in named], using)
+def _said_of_receipt(receipt: models.Model, changes: Mapping[str, Any]) -> Names:
+    """Where the request ends by it, the moment is the same."""
+    here, end = receipt.__dict__, changes.get("finished_at")
+    if end is not None and here["received_at"] is end and here["applied_at"] is end:
+        return tuple(_OF_REQUEST)
+    return ("uuid", _LINK)
 
 
+def _said_of_entry(entry: models.Model, changes: Mapping[str, Any]) -> Names:
+    """What is written of it beside, where that is the same."""
+    here = entry.__dict__
+    as_changed = [name for name in _COUNTED if name in changes and changes[name] == here[name]]
+    if changes.get("finished_at") == here["at"] == here["entered_at"]:
+        as_changed += ["at", "entered_at"]
+    return (*_BELONGINGS, *as_changed)
+
+
+class _Column(NamedTuple):
+    """A column of a row that is stored."""
+
+    attname: str
+    usual: Any
+    """What it usually holds, where a statement can say that by itself."""
+    is_container: bool
+    """Whether ``usual`` is an empty list or object: every row has another one."""
+    prepare: Callable[[Any, Any], Any] | None
+
+
+_GIVEN = object()
+"""What no column holds."""
 _NOTHING: frozenset[str] = frozenset()
+
+
+def _left_out(row: Any) -> frozenset[str]:
+    left_out: frozenset[str] = getattr(row, "left_to_the_database", _NOTHING)
+    return left_out
+
+
+@lru_cache(maxsize=128)
+def _columns(
+    model: type[models.Model], left_out: frozenset[str], using: str, said: Names = ()
+) -> list[_Column]:
+    """Of a row that is stored all but those that are left out, and those that are ``said``."""
+    fields = (field for field in model._meta.concrete_fields if not field.primary_key)
+    usual = dict(_usual(model))
+    return [
+        _Column(
+            field.attname,
+            known := usual.get(field.attname, _GIVEN),
+            isinstance(known, list | dict),
+            _preparer(field, using),
+        )
+        for field in fields
+        if field.attname not in left_out and field.attname not in said
+    ]
+
+
+def _given(row: Any, connection: Any, said: Names = ()) -> tuple[Names, list[Any]]:
+    """The columns that have to be given when a new row is stored, and their values: those that are
+    neither ``said`` nor as they usually are, which the statement says by itself."""
+    here, given, values = row.__dict__, [], []
+    model: type[models.Model] = type(row)
+    columns = _columns(model, _left_out(row), connection.alias, said)
+    for name, usual, is_container, prepare in columns:
+        value = here[name]
+        # What is equal, and not the same, may be given.
+        if value is not usual and not (is_container and value == usual):
+            given.append(name)
+            values.append(value if prepare is None else prepare(value, connection))
+    return tuple(given), values
+
+
+def _changed(
+    model: type[models.Model], changes: Mapping[str, Any], connection: Any
+) -> tuple[Sets, list[Any]]:
+    """What an update sets, and the values that it is given."""
+    sets, values = [], []
+    for name, prepare in _to_prepare(model, tuple(changes), connection.alias):
+        value = changes[name]
+        if value is None or (prepare is None and value == ""):
+            sets.append((name, _literal(value)))
+        else:
+            sets.append((name, "%s"))
+            values.append(value if prepare is None else prepare(value, connection))
+    return tuple(sets), values
 
 
 @lru_cache(maxsize=16)
@@ -408,20 +507,6 @@ def _usual(model: type[models.Model]) -> list[tuple[str, Any]]:
     ]
 
 
-def _marks(
-    model: type[models.Model],
-    names: tuple[str, ...],
-    usual: frozenset[str],
-    using: str,
-    said: Mapping[str, str] | None = None,
-) -> tuple[str, str]:
-    """The columns of a new row, and what is put into each: what is ``said`` of it, the usual value,
-    or one that is given."""
-    defaults = {name: _literal(value) for name, value in _usual(model)} | dict(said or {})
-    marks = [defaults[name] if name in usual else "%s" for name in names]
-    return ", ".join(_column(model, name, using) for name in names), ", ".join(marks)
-
-
 def _literal(value: Any) -> str:
     if value is None:
         return "NULL"
@@ -429,35 +514,45 @@ def _literal(value: Any) -> str:
     return str(value).lower() if isinstance(value, int) else f"'{value}'"
 
 
-@lru_cache(maxsize=16)
-def _names_without(model: type[models.Model], left_out: frozenset[str]) -> tuple[str, ...]:
-    fields = (field for field in model._meta.concrete_fields if not field.primary_key)
-    return tuple(field.attname for field in fields if field.attname not in left_out)
-
-
 def _prepared(
-    model: type[models.Model], names: tuple[str, ...], values: Iterable[Any], using: str
+    model: type[models.Model], names: Names, values: Iterable[Any], connection: Any
 ) -> list[Any]:
     """As the ORM does it, without asking a field for which there is nothing to do."""
-    prepared = list(values)
-    if to_prepare := _to_prepare(model, names, using):
-        connection = connections[using]
-        for index, field in to_prepare:
-            prepared[index] = field.get_db_prep_save(prepared[index], connection)
-    return prepared
+    return [
+        value if prepare is None else prepare(value, connection)
+        for value, (_, prepare) in zip(
+            values, _to_prepare(model, names, connection.alias), strict=True
+        )
+    ]
 
 
 @lru_cache(maxsize=256)
 def _to_prepare(
-    model: type[models.Model], names: tuple[str, ...], using: str
-) -> list[tuple[int, Any]]:
-    plain = _PLAIN + _PLAIN_TO_POSTGRESQL * (connections[using].vendor == "postgresql")
-    fields = (model._meta.get_field(name) for name in names)
-    return [
-        (i, field)
-        for i, field in enumerate(fields)
-        if isinstance(field, USDField) or not isinstance(field, plain)
-    ]
+    model: type[models.Model], names: Names, using: str
+) -> list[tuple[str, Callable[[Any, Any], Any] | None]]:
+    return [(name, _preparer(model._meta.get_field(name), using)) for name in names]
+
+
+def _preparer(field: Any, using: str) -> Callable[[Any, Any], Any] | None:
+    """None for what is given to the driver as it is."""
+    vendor = connections[using].vendor
+    prepare = cast(Callable[[Any, Any], Any], field.get_db_prep_save)
+    if vendor == "sqlite" and isinstance(field, models.DateTimeField):
+        return partial(_moment, prepare)
+    plain = _PLAIN + _PLAIN_TO_POSTGRESQL * (vendor == "postgresql")
+    return prepare if isinstance(field, USDField) or not isinstance(field, plain) else None
+
+
+def _moment(prepare: Callable[[Any, Any], Any], value: Any, connection: Any) -> Any:
+    if value is None or value.tzinfo is None or connection.timezone is None:
+        return prepare(value, connection)
+    return _in_time_zone(value, connection.timezone)
+
+
+@lru_cache(maxsize=64)
+def _in_time_zone(value: datetime, time_zone: tzinfo) -> str:
+    """As SQLite's backend writes it. Each callback writes the same one six times."""
+    return str(timezone.make_naive(value, time_zone))
 
 
 # What is given to the driver as it is.
@@ -468,41 +563,40 @@ _PLAIN: tuple[type[models.Field[Any, Any]], ...] = (
 _PLAIN_TO_POSTGRESQL = (models.UUIDField, models.DateTimeField, models.DecimalField)
 
 
-@lru_cache(maxsize=16)
-def _select(
-    model: type[models.Model],
-    names: tuple[str, ...],
-    using: str,
-    by: str,
-    version: str,
-    suffix: str,
-) -> tuple[str, list[str], list[tuple[int, Callable[[Any, Any], Any]]]]:
-    connection = connections[using]
-    fields: list[Any] = [model._meta.get_field(name) for name in names]
-    columns = ", ".join(connection.ops.quote_name(field.column) for field in fields)
-    table = connection.ops.quote_name(model._meta.db_table)
-    sql = f"SELECT {columns}, {version} FROM {table} WHERE {by} = %s{suffix}"  # noqa: S608
-    converters = [
-        (index, _converter(field, converts))
-        for index, field in enumerate(fields)
-        if (converts := _converters(field, using))
-    ]
-    return sql, [*(field.attname for field in fields), VERSION], converters
+# --- what is read -----------------------------------------------------------------------------------
 
 
-def _converters(field: Any, using: str) -> Sequence[Any]:
+def _read(
+    model: type[models.Model], names: Names, held: Sequence[Any], connection: Any
+) -> dict[str, Any]:
+    """Columns as they are in Python, of what the database holds."""
+    return {
+        attname: value if value is None or convert is None else convert(value, connection)
+        for value, (attname, convert) in zip(
+            held, _readers(model, names, connection.alias), strict=True
+        )
+    }
+
+
+@lru_cache(maxsize=32)
+def _readers(
+    model: type[models.Model], names: Names, using: str
+) -> list[tuple[str, Callable[[Any, Any], Any] | None]]:
     """As the ORM does it: SQLite hands out moments as text."""
     connection = connections[using]
-    column = field.get_col(field.model._meta.db_table)
-    return [
-        *connection.ops.get_db_converters(column),
-        *field.get_db_converters(connection),
-    ]
+    readers = []
+    for name in names:
+        field: Any = model._meta.get_field(name)
+        column = field.get_col(field.model._meta.db_table)
+        converts = [
+            *connection.ops.get_db_converters(column),
+            *field.get_db_converters(connection),
+        ]
+        readers.append((field.attname, _converter(column, converts) if converts else None))
+    return readers
 
 
-def _converter(field: Any, converts: Sequence[Any]) -> Callable[[Any, Any], Any]:
-    column = field.get_col(field.model._meta.db_table)
-
+def _converter(column: Any, converts: Sequence[Any]) -> Callable[[Any, Any], Any]:
     def convert(value: Any, connection: Any) -> Any:
         for each in converts:
             value = each(value, column, connection)
@@ -511,99 +605,138 @@ def _converter(field: Any, converts: Sequence[Any]) -> Callable[[Any, Any], Any]
     return convert
 
 
+# --- statements --------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=32)
+def _select(
+    model: type[models.Model], names: Names, using: str, by: str, version: str, suffix: str
+) -> str:
+    columns = ", ".join(_column(model, name, using) for name in names)
+    return f"SELECT {columns}, {version} FROM {_table(model, using)} WHERE {by} = %s{suffix}"  # noqa: S608
+
+
+def _insert(row: Any, given: Names, using: str, *, returning: bool = False) -> str:
+    model: type[models.Model] = type(row)
+    return _insert_of(model, _left_out(row), given, using, returning)
+
+
 @lru_cache(maxsize=256)
-def _insert(
+def _insert_of(
     model: type[models.Model],
-    names: tuple[str, ...],
-    usual: frozenset[str],
+    left_out: frozenset[str],
+    given: Names,
     using: str,
-    *,
     returning: bool,
 ) -> str:
-    """With a mark for each of ``names`` that is not ``usual``: sixty values take longer to send and to
-    read than all that is said of a row."""
-    quote = connections[using].ops.quote_name
-    columns, marks = _marks(model, names, usual, using)
-    sql = f"INSERT INTO {quote(model._meta.db_table)} ({columns}) VALUES ({marks})"  # noqa: S608
-    key: Any = model._meta.pk
-    return f"{sql} RETURNING {quote(key.column)}" if returning else sql
+    """With a mark for each column that is ``given``: sixty values take longer to send and to read than
+    all that is said of a row."""
+    columns, marks = _marks(model, left_out, given, using)
+    sql = f"INSERT INTO {_table(model, using)} ({columns}) VALUES ({marks})"  # noqa: S608
+    return f"{sql} RETURNING {_key(model, using)}" if returning else sql
+
+
+def _marks(
+    model: type[models.Model],
+    left_out: frozenset[str],
+    given: Names,
+    using: str,
+    said: Mapping[str, str] | None = None,
+) -> tuple[str, str]:
+    """The columns of a new row, and what is put into each: what is ``said`` of it, one that is given,
+    or the usual value."""
+    marks = {
+        column.attname: "%s" if column.attname in given else _literal(column.usual)
+        for column in _columns(model, left_out, using)
+    } | dict(said or {})
+    return ", ".join(_column(model, name, using) for name in marks), ", ".join(marks.values())
 
 
 @lru_cache(maxsize=256)
-def _guarded_update(
-    model: type[models.Model], names: tuple[str, ...], looked_at: tuple[str, ...], using: str
-) -> str:
+def _guarded_update(model: type[models.Model], sets: Sets, guards: Sets, using: str) -> str:
     # IS, since most are NULL, compares what was found to the last bit.
-    guards = "".join(f" AND {_column(model, name, using)} IS %s" for name in looked_at)
-    return f"{_update(model, names, using)}{guards}"
+    (key, _), *others = guards
+    also = "".join(f" AND {_column(model, name, using)} IS {mark}" for name, mark in others)
+    return f"{_update(model, sets, using, by=key)}{also}"
+
+
+def _guards(row: Any) -> tuple[Sets, list[Any]]:
+    """By what a row is found that is still as it was, the first of it by an index; and the values."""
+    names, held = getattr(row, VERSION)
+    guards = [
+        (name, "NULL" if value is None else "%s") for name, value in zip(names, held, strict=True)
+    ]
+    return tuple(guards), [value for value in held if value is not None]
 
 
 @lru_cache(maxsize=256)
 def _statement(
-    receipt: type[models.Model],
-    stored: tuple[str, ...],
-    usual: frozenset[str],
+    told: Told,
     row: type[models.Model],
-    names: tuple[str, ...],
-    known: tuple[str, ...],
-    nulls: tuple[str, ...],
-    to_learn: str,
+    sets: Sets,
+    guards: Sets,
+    to_learn: Names,
     entered: Entered | None,
     using: str,
 ) -> str:
     """The one statement that is raw because nothing else is one: a short transaction is four messages
     to and fro, during which the row is locked."""
-    quote = connections[using].ops.quote_name
-    columns, marks = _marks(receipt, stored, usual, using, _OF_REQUEST)
-    key, *others = known
+    receipt, left_out, given, said = told
+    columns, marks = _marks(
+        receipt, left_out, given, using, {name: _OF_REQUEST[name] for name in said}
+    )
+    (key, _), *others = guards
     # What the key finds is to be looked at, and no index over "submitted": of how many there are the
     # planner knows what was true a while ago.
-    guards = "".join(
-        f" AND {_column(row, name, using)} " + ("IS NULL" if name in nulls else "|| '' = %s")
-        for name in others
+    also = "".join(
+        f" AND {_column(row, name, using)} " + ("IS NULL" if mark == "NULL" else "|| '' = %s")
+        for name, mark in others
     )
-    learned: Any = row._meta.get_field(to_learn)
-    read = entering = ""
-    if entered is not None:
-        read = _read_of_row(using)
-        entering = f", entered AS ({_enter(*entered, using)})"
+    entering = f", entered AS ({_enter(*entered, using)})" if entered else ""
+    learned = "".join(
+        f", (SELECT {_column(row, name, using)} FROM changed)"  # noqa: S608
+        for name in to_learn
+    )
+    read = {*_READ_OF_ROW, *to_learn}
     return f"""
         WITH changed AS (
-            UPDATE {quote(row._meta.db_table)} SET {_sets(row, names, using)}
-            WHERE {_column(row, key, using)} = %s{guards}
-            RETURNING id, {quote(learned.column)} AS learned {read}
+            {_update(row, sets, using, by=key)}{also}
+            RETURNING {", ".join(_column(row, name, using) for name in sorted(read))}
         ){entering}
-        INSERT INTO {quote(receipt._meta.db_table)} ({columns})
+        INSERT INTO {_table(receipt, using)} ({columns})
         SELECT {marks} FROM changed
-        RETURNING id, {quote(_LINK)}, (SELECT learned FROM changed)
+        RETURNING {_key(receipt, using)}, {_column(receipt, _LINK, using)}{learned}
     """  # noqa: S608 - the models' own names
 
 
 @lru_cache(maxsize=256)
 def _update_and_enter(
-    update: str,
-    entry: type[models.Model],
-    names: tuple[str, ...],
-    usual: frozenset[str],
-    using: str,
+    update: str, entry: type[models.Model], given: Names, said: Names, using: str
 ) -> str:
     return f"""
-        WITH changed AS ({update} RETURNING id {_read_of_row(using)})
-        {_enter(entry, names, usual, using)}
+        WITH changed AS ({update} RETURNING {", ".join(_READ_OF_ROW)})
+        {_enter(entry, given, said, using)}
     """
 
 
-def _read_of_row(using: str) -> str:
-    quote = connections[using].ops.quote_name
-    return "".join(f", {quote(name)}" for name in _READ_OF_ROW)
+def _enter(entry: type[models.Model], given: Names, said: Names, using: str) -> str:
+    columns, marks = _marks(entry, _NOTHING, given, using, {name: _OF_ROW[name] for name in said})
+    return f"INSERT INTO {_table(entry, using)} ({columns}) SELECT {marks} FROM changed"  # noqa: S608
 
 
-def _enter(
-    entry: type[models.Model], names: tuple[str, ...], usual: frozenset[str], using: str
-) -> str:
-    columns, marks = _marks(entry, names, usual, using, _OF_ROW)
-    table = connections[using].ops.quote_name(entry._meta.db_table)
-    return f"INSERT INTO {table} ({columns}) SELECT {marks} FROM changed"  # noqa: S608
+@lru_cache(maxsize=256)
+def _update(model: type[models.Model], sets: Sets, using: str, *, by: str) -> str:
+    sql = ", ".join(f"{_column(model, name, using)} = {mark}" for name, mark in sets)
+    return f"UPDATE {_table(model, using)} SET {sql} WHERE {_column(model, by, using)} = %s"  # noqa: S608
+
+
+def _table(model: type[models.Model], using: str) -> str:
+    return connections[using].ops.quote_name(model._meta.db_table)
+
+
+def _key(model: type[models.Model], using: str) -> str:
+    key: Any = model._meta.pk
+    return connections[using].ops.quote_name(key.column)
 
 
 def _column(model: type[models.Model], name: str, using: str) -> str:
@@ -611,13 +744,3 @@ def _column(model: type[models.Model], name: str, using: str) -> str:
         return f"{MARK}::text"
     field: Any = model._meta.get_field(name)
     return connections[using].ops.quote_name(field.column)
-
-
-@lru_cache(maxsize=256)
-def _update(model: type[models.Model], names: tuple[str, ...], using: str) -> str:
-    table = connections[using].ops.quote_name(model._meta.db_table)
-    return f"UPDATE {table} SET {_sets(model, names, using)} WHERE id = %s"  # noqa: S608
-
-
-def _sets(model: type[models.Model], names: tuple[str, ...], using: str) -> str:
-    return ", ".join(f"{_column(model, name, using)} = %s" for name in names)

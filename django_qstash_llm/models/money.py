@@ -48,7 +48,7 @@ class USDField(Whole):
     def get_prep_value(self, value: Any) -> Any:
         if value is None or hasattr(value, "resolve_expression"):
             return value
-        return units(Decimal(str(value)))
+        return units(value if isinstance(value, Decimal) else Decimal(str(value)))
 
     def value_to_string(self, obj: models.Model) -> str:
         value = self.value_from_object(obj)

@@ -19,6 +19,7 @@ from django.contrib.contenttypes.fields import GenericForeignKey
 from django.contrib.contenttypes.models import ContentType
 from django.db import models, router, transaction
 from django.db.models import Q
+from django.dispatch import Signal
 from django.utils import timezone
 from django.utils.functional import Promise
 from django.utils.translation import gettext_lazy as _
@@ -608,7 +609,7 @@ class LLMRequest(OverTheWire, models.Model):
         """A submitted request that nobody has looked at, for ``inbox.store_at_once``."""
         values |= {"state": State.SUBMITTED, "finished_at": None}
         # Whether anybody is to be told is asked when all is written.
-        return inbox.suppose(cls, values, to_learn="trigger", using=using)
+        return inbox.suppose(cls, values, to_learn=("trigger",), using=using)
 
     @property
     def idempotency_key(self) -> str:
@@ -1015,7 +1016,7 @@ class LLMRequest(OverTheWire, models.Model):
         """As far as this process knows; the sweep sees to the rest. A bell costs more than a row."""
         is_completed = self.state == State.COMPLETED
         signal = request_completed if is_completed else request_failed
-        return bool(self.trigger) or signal.has_listeners(LLMRequest)
+        return bool(self.trigger) or is_heard(signal)
 
     def _take_over(self, changes: Changes) -> None:
         self.__dict__.update(changes)  # columns, and none that names another row
@@ -1248,8 +1249,13 @@ class LLMRequest(OverTheWire, models.Model):
         return json.loads(self.completion)
 
 
+def is_heard(signal: Signal) -> bool:
+    """Whether anybody in this process listens to it. ``has_listeners`` looks for whom, under a lock."""
+    return bool(signal.receivers) and signal.has_listeners(LLMRequest)
+
+
 def _is_at_first(name: str, value: Any) -> bool:
-    return name in _WRITTEN_BY_ENDS and not value and value != 0
+    return not value and name in _WRITTEN_BY_ENDS and value != 0
 
 
 def _answer(completion: Completion) -> Changes:

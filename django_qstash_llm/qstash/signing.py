@@ -203,7 +203,8 @@ _OPTIONAL_CLAIM_TYPES: dict[str, type | tuple[type, ...]] = {"iat": (int, float)
 
 def _read_claims(payload: bytes) -> dict[str, Any]:
     try:
-        pairs = json.loads(payload, object_pairs_hook=list, parse_constant=_refuse_constant)
+        text = payload.decode(json.detect_encoding(payload), "surrogatepass")  # as ``loads`` does
+        pairs = _CLAIMS.decode(text)
     except (ValueError, RecursionError) as error:
         raise SignatureError("claims", "the claims are not JSON") from error
     if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
@@ -226,6 +227,10 @@ def _read_claims(payload: bytes) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is no number")
+
+
+# Made once: ``loads`` makes one each time.
+_CLAIMS = json.JSONDecoder(object_pairs_hook=list, parse_constant=_refuse_constant)
 
 
 # --- what differs between two URLs ---------------------------------------------------------------
