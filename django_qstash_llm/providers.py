@@ -29,6 +29,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 from urllib.parse import urlsplit, urlunsplit
@@ -163,6 +164,22 @@ def get_provider(name: str) -> Provider:
             )
         options = {}
     return cast(Provider, conf.built_providers.setdefault(name, build_provider(name, options)))
+
+
+def provider_at(url: str) -> str:
+    """The name of the provider that is asked at ``url``; where none is any more, the URL's host.
+
+    Where several are it is the default one, or else the first: they are the same with other keys.
+    """
+    conf = app_settings()
+    names = dict.fromkeys([conf.default_provider, *conf.providers, "upstash"])
+    for name in names:
+        with suppress(ConfigurationError, InvalidRequest):
+            if get_provider(name).destination == url:
+                return name
+    with suppress(ValueError):
+        return (urlsplit(url).hostname or "")[:64]
+    return ""
 
 
 def build_provider(name: str, options: Mapping[str, Any]) -> Provider:

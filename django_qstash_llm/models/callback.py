@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 from typing import Any, Self
 from uuid import UUID
 
-from django.db import DataError, IntegrityError, models, transaction
+from django.db import DatabaseError, DataError, IntegrityError, InterfaceError, models, transaction
 from django.db.models import F, Q
 from django.utils import timezone
 from django.utils.translation import gettext_lazy as _
@@ -25,6 +25,7 @@ from ..completions import Completion, Usage, decompress, is_gzip, read_completio
 from ..conf import app_settings
 from ..exceptions import IllegalState, UnreadableCompletion
 from ..pricing import Cost, cost_of
+from ..providers import provider_at
 from ..qstash import Callback, EnvelopeError
 from ..qstash.callback import without_source
 from ..signals import request_attempted
@@ -32,7 +33,7 @@ from . import inbox
 from .attempt import Attempt
 from .doorbell import Bell, ring_on_commit
 from .ledger import LedgerEntry
-from .request import MOST_RETRIES, Changes, LLMRequest, State
+from .request import MOST_RETRIES, Changes, LLMRequest, State, is_heard
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +141,8 @@ class CallbackResponseQuerySet(models.QuerySet["CallbackResponse"]):
             # Locking the request puts the callbacks of one request in a row.
             receipt.llm_request = llm_request = LLMRequest.objects.using(self.db).lock(receipt.uuid)
             changes = receipt.read(callback, now=receipt.received_at)
+            if llm_request is None:
+                receipt.bill_orphan(callback, using=self.db)
             inbox.insert(receipt, using=self.db)
             if llm_request is not None and changes:
                 llm_request.write(changes)
@@ -173,6 +176,8 @@ class CallbackResponseQuerySet(models.QuerySet["CallbackResponse"]):
         receipt.llm_request_id = llm_request.pk if llm_request else None
         receipt._state.fields_cache["llm_request"] = llm_request
         changes = receipt.read(callback, now=receipt.received_at)
+        if llm_request is None:
+            receipt.bill_orphan(callback, using=using)
         if is_supposed and changes.get("state") != State.COMPLETED:
             return False
         needed = llm_request.needed(changes) if llm_request else {}
@@ -447,7 +452,7 @@ class CallbackResponse(Attempt):
         if self.llm_request and self.applied_at is None:  # once, however often it is read
             self.to_announce = (
                 bool(self.trouble)
-                or request_attempted.has_listeners(LLMRequest)
+                or is_heard(request_attempted)
                 or (app_settings().flow_control == "learned" and _tells_limits(callback.header))
             )
             self.cancel_after = now if self.is_end and not callback.is_last else None
@@ -647,6 +652,43 @@ class CallbackResponse(Attempt):
             is_useful=is_useful,
         )
 
+    def bill_orphan(self, callback: Callback, *, using: str) -> None:
+        """An answer to a request that is not here, deleted while it was under way say, is paid for
+        like any other. What is left to know of it is where it was asked, and of which model."""
+        try:
+            if self.is_answer and not self._is_billed(using):
+                self._bill_orphan(callback)
+        except (DatabaseError, InterfaceError):
+            raise
+        # Whatever it is: the receipt is stored first.
+        except Exception as error:
+            logger.exception("An answer to %s, which is not here, could not be billed", self.uuid)
+            self.entry = None
+            self._note(f"not in the ledger: {type(error).__name__}")
+
+    def _is_billed(self, using: str) -> bool:
+        """Told before its request was deleted, and its receipt with it."""
+        entries = LedgerEntry.objects.using(using)
+        return entries.filter(uuid=self.uuid, answer=self.answer).exists()
+
+    def _bill_orphan(self, callback: Callback) -> None:
+        answered_by, tier = "", ""
+        try:
+            completion = self._completion(callback)
+            usage, answered_by, tier = completion.usage, completion.model, completion.service_tier
+        except UnreadableCompletion as error:
+            if not error.usage:
+                return
+            usage = error.usage
+        asked = inbox.new(
+            LLMRequest,
+            uuid=self.uuid,
+            provider=provider_at(callback.url),
+            model=clean_text(callback.asked_model, limit=255) or answered_by,
+        )
+        cost = self._cost(asked, usage, answered_by, tier)
+        self._bill(asked, usage, cost, is_useful=False)
+
     @property
     def answer(self) -> str:
         """By which the ledger knows what it says."""
@@ -784,6 +826,9 @@ def read_body(body: bytes) -> Completion:
 
 def without_secrets(changes: Changes) -> Changes:
     conf = app_settings()
-    if not conf.may_hold_secrets(changes):
+    # What is no text takes the longest to write out, and holds none.
+    texts = [value for value in changes.values() if type(value) is str]
+    nested = [value for value in changes.values() if type(value) in (dict, list)]
+    if not conf.may_hold_secrets("\n".join(texts)) and not conf.may_hold_secrets(nested):
         return changes
     return {name: conf.without_secrets_in(value) for name, value in changes.items()}

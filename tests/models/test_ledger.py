@@ -18,6 +18,7 @@ from django_qstash_llm.models.money import USDField
 from django_qstash_llm.models.replay import read_anew
 from django_qstash_llm.models.settlement import settle
 from django_qstash_llm.pricing import Cost
+from django_qstash_llm.providers import get_provider
 from django_qstash_llm.qstash import Callback
 from testproject.articles.models import Article
 from tests.conftest import ANSWER
@@ -432,3 +433,86 @@ def test_nothing_is_folded_twice(post_callback: Post, qstash: FakeQStash) -> Non
     assert settle() == 0
     [(_, total)] = Spend.objects.report()
     assert total.spent == COST
+
+
+# --- an answer to a request that is not here ---
+
+
+def told_to_nobody(**changes: Any) -> Callback:
+    given: dict[str, Any] = {
+        "url": get_provider("openai").destination,
+        "source_body": json.dumps({"model": "gpt-5.4-mini", "messages": MESSAGES}).encode(),
+    }
+    return told(**(given | changes))
+
+
+def test_an_answer_to_a_request_that_was_deleted_is_paid_for_all_the_same(
+    post_callback: Post,
+) -> None:
+    llm_request = ask()
+    url = f"http://testserver/llm/callback/{llm_request.uuid}/"
+    uuid = llm_request.uuid
+    llm_request.delete()
+    for _ in range(2):
+        assert post_callback(None, told_to_nobody(), url=url).status_code == 200
+    [entry] = entries()
+    assert (entry.uuid, entry.provider, entry.model) == (uuid, "openai", "gpt-5.4-mini")
+    assert (entry.spent, entry.useful, entry.unpriced) == (COST, 0, 0)
+    assert CallbackResponse.objects.orphaned().get().seen_count == 2
+    settle(using="default")
+    assert sum(row.spent for row in Spend.objects.all()) == COST
+
+
+def test_an_answer_that_was_billed_before_its_request_was_deleted_is_not_billed_again(
+    post_callback: Post,
+) -> None:
+    llm_request = ask()
+    url = f"http://testserver/llm/callback/{llm_request.uuid}/"
+    post_callback(llm_request, told_to_nobody())
+    llm_request.delete()  # and its receipts with it
+    assert post_callback(None, told_to_nobody(), url=url).status_code == 200
+    assert [entry.spent for entry in entries()] == [COST]
+    assert CallbackResponse.objects.orphaned().get().problem == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "billed"),
+    [
+        ({"status": 500, "body": b"{}"}, []),
+        ({"body": b"no JSON"}, []),
+        ({"url": "https://llm.example/v1/chat/completions"}, ["llm.example"]),
+        ({"url": "http://["}, [""]),
+        ({"url": "api/llm"}, ["upstash"]),
+        ({"body": json.dumps({"usage": ANSWER["usage"], "choices": []}).encode()}, ["openai"]),
+    ],
+)
+def test_of_an_answer_to_nobody_what_is_known_is_billed(
+    post_callback: Post, changes: dict[str, Any], billed: list[str]
+) -> None:
+    url = f"http://testserver/llm/callback/{ask().uuid}/"
+    LLMRequest.objects.all().delete()
+    assert post_callback(None, told_to_nobody(**changes), url=url).status_code == 200
+    assert [entry.provider for entry in entries()] == billed
+    assert CallbackResponse.objects.orphaned().count() == 1
+
+
+@pytest.mark.parametrize("source", [b"", b"no JSON", b"[]", b'{"model": 3}'])
+def test_of_an_answer_to_nobody_the_model_is_the_one_that_answered_where_no_other_is_told(
+    post_callback: Post, source: bytes
+) -> None:
+    url = f"http://testserver/llm/callback/{ask().uuid}/"
+    LLMRequest.objects.all().delete()
+    post_callback(None, told_to_nobody(source_body=source), url=url)
+    assert [(entry.model, entry.unpriced) for entry in entries()] == [(ANSWER["model"], 1)]
+
+
+def test_an_answer_to_nobody_that_cannot_be_billed_is_stored_and_says_so(
+    post_callback: Post, settings: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = f"http://testserver/llm/callback/{ask().uuid}/"
+    LLMRequest.objects.all().delete()
+    settings.QSTASH_LLM = settings.QSTASH_LLM | {"PRICES": 3}  # a fault of ours, as it were
+    assert post_callback(None, told_to_nobody(), url=url).status_code == 200
+    assert CallbackResponse.objects.orphaned().get().problem.startswith("not in the ledger: ")
+    assert entries() == []
+    assert "could not be billed" in caplog.text
