@@ -246,6 +246,12 @@ class CallbackResponseQuerySet(models.QuerySet["CallbackResponse"]):
                 # It never will: a person sees it among the unread.
                 receipts_ = self.filter(pk=receipt.pk)
                 receipts_.update(apply_tries=MOST_APPLY_TRIES, problem=clean_text(str(error)))
+            except UNSTORABLE as error:
+                # Of what this one means, and not of the next.
+                logger.exception("A callback for %s took no effect", receipt.uuid)
+                receipt.put_off(error, now=now)
+                late = {name: getattr(receipt, name) for name in _PUT_OFF}
+                self.filter(pk=receipt.pk, applied_at=None).update(**late)
         return len(receipts)
 
 
@@ -751,6 +757,7 @@ _READ = (
     *("applied_at", "apply_tries", "apply_after", "problem", "llm_request"),
     *("trouble", "code", "words", "wait", "wait_source", "next_try_at", "delayed_by"),
 )
+_PUT_OFF = ("apply_tries", "apply_after", "problem")
 # And what has to be done about it once. Later these are other workers' to write.
 _TO_DO = ("to_announce", "cancel_after")
 _ANSWER_AFTER_A_FAILURE = "The request had failed before this answer came: the answer counts."

@@ -807,7 +807,9 @@ class LLMRequest(OverTheWire, models.Model):
         """Whether it had none and takes this one."""
         late = {"cost": cost.amount, "cost_source": cost.source, "cost_basis": cost.basis}
         using = self._state.db
-        rows = type(self).objects.using(using).filter(_IS_UNPRICED, pk=self.pk)
+        # It is the cost of these tokens: another answer may have come since they were looked at.
+        counted = {"input_tokens": self.input_tokens, "output_tokens": self.output_tokens}
+        rows = type(self).objects.using(using).filter(_IS_UNPRICED, pk=self.pk, **counted)
         with transaction.atomic(using=using):
             if not rows.update(**late):
                 return False

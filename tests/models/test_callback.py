@@ -833,6 +833,35 @@ def test_what_the_database_refuses_of_a_meaning_costs_no_receipt(
     assert llm_request.state == "completed"
 
 
+def test_one_meaning_that_the_database_refuses_stops_no_other(
+    llm_request: LLMRequest, post_callback: Post, set_prices: Callable[[Any], None]
+) -> None:
+    other = LLMRequest.objects.publish(llm_request.messages)
+    set_prices(BROKEN_PRICES)
+    for row in (llm_request, other):
+        post_callback(row, told(source_message_id=f"msg_of_{row.pk}"))
+    set_prices({})
+    refused = []
+
+    def refuse_first(execute: Any, sql: str, params: Any, many: bool, context: Any) -> Any:
+        if sql.startswith("UPDATE") and '"completion" = ' in sql and not refused:
+            refused.append(sql)
+            raise DataError("value out of range")
+        return execute(sql, params, many, context)
+
+    now = timezone.now() + timedelta(hours=1)
+    with connection.execute_wrapper(refuse_first):
+        assert CallbackResponse.objects.apply_due(now=now) == 2
+    first, second = CallbackResponse.objects.order_by("pk")
+    assert (first.applied_at, first.apply_tries, second.applied_at) == (None, 2, now)
+    assert first.apply_after > now
+    assert "DataError" in first.problem
+    states = LLMRequest.objects.order_by("pk").values_list("state", flat=True)
+    assert list(states) == ["pending", "completed"]
+    assert CallbackResponse.objects.apply_due(now=first.apply_after) == 1
+    assert LLMRequest.objects.completed().count() == 2
+
+
 def test_a_body_that_was_cut_is_not_read_again(
     llm_request: LLMRequest, post_callback: Post, settings: Any
 ) -> None:

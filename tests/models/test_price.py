@@ -15,7 +15,7 @@ from django.utils import timezone
 
 from django_qstash_llm.completions import Usage
 from django_qstash_llm.exceptions import IllegalState, InvalidRequest
-from django_qstash_llm.models import LLMRequest, Price
+from django_qstash_llm.models import LedgerEntry, LLMRequest, Price
 from django_qstash_llm.models.price import NOTICE, forget_prices, known_prices
 from django_qstash_llm.models.request import State
 from django_qstash_llm.pricing import Cost, Line, cost_of
@@ -103,6 +103,21 @@ def test_cost_that_was_charged_does_not_move_with_a_price() -> None:
     )
     assert row.cost_basis["price"] == "openai/m, since 2026-03-01T11:00+00:00"
     assert row.cost_basis["at"] == NOW.isoformat()
+
+
+def test_a_late_cost_is_not_taken_for_other_tokens_than_it_is_of() -> None:
+    set_price(since=NOW - HOUR)
+    row = LLMRequest.objects.create(
+        state=State.FAILED, provider="openai", model="m", input_tokens=5, output_tokens=5
+    )
+    cost = row.cost_by_now()
+    assert cost is not None
+    LLMRequest.objects.update(state=State.COMPLETED, input_tokens=7, finished_at=NOW)
+    assert not row.take_late_cost(cost)
+    row.refresh_from_db()
+    assert row.cost is None
+    assert not LedgerEntry.objects.exists()
+    assert [cost.amount for _, cost in LLMRequest.objects.price_unpriced()] == [Decimal("0.000017")]
 
 
 def test_price_that_is_the_same_is_no_change() -> None:
