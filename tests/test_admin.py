@@ -619,6 +619,24 @@ def test_a_handler_that_was_given_up_is_shown_with_its_error(admin_client: Clien
     assert "KeyError: 'summary'" in shown
 
 
+@pytest.mark.parametrize(
+    ("last_status", "words"),
+    [
+        (200, "the provider answered 200"),
+        (-1, "the provider did not answer"),
+        (None, "It is under way"),
+    ],
+)
+def test_a_chats_page_tells_of_its_one_call(
+    admin_client: Client, last_status: int | None, words: str
+) -> None:
+    chat = completed(via="chat", last_status=last_status)
+    text = page_of(admin_client, REQUEST, chat).text
+    assert "One call, without QStash" in text
+    assert words in text
+    assert "None has been heard of" not in text
+
+
 def test_the_page_links_to_batch_conversation_and_resubmissions(admin_client: Client) -> None:
     batch, talk = Batch.objects.create(name="nightly"), Conversation.objects.create(title="Chat")
     first = failed(batch=batch, conversation=talk)
