@@ -27,33 +27,21 @@ def clean_text(text: str, *, limit: int | None = None) -> str:
 
 def clean_json(value: Any, depth: int = 0) -> Any:
     """``value``, decoded JSON, so that JSONField takes it on every database."""
-    kind = type(value)
-    # Nearly all of it, and in nearly every callback: with no more than has to be asked.
-    if kind is str:
-        return value if value.isascii() and "\x00" not in value else clean_text(value)
-    if kind is int and -WIDEST_INTEGER < value < WIDEST_INTEGER:
-        return value
-    if kind is bool or value is None:
-        return value
     if isinstance(value, str):
         return clean_text(value)
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
+    if isinstance(value, bool) or value is None:
+        return value
     if isinstance(value, int):
         if abs(value) < WIDEST_INTEGER:
             return value
         # Python refuses to write out thousands of digits.
         return str(value)[:64] if value.bit_length() < 4096 else "…"
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
     if depth >= DEEPEST:
         return "…"
     if isinstance(value, dict):
-        return {_clean_key(key): clean_json(each, depth + 1) for key, each in value.items()}
+        return {clean_text(str(key)): clean_json(each, depth + 1) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [clean_json(each, depth + 1) for each in value]
     return clean_text(str(value))
-
-
-def _clean_key(key: Any) -> str:
-    if type(key) is str and key.isascii() and "\x00" not in key:
-        return key
-    return clean_text(str(key))

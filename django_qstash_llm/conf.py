@@ -190,7 +190,7 @@ class AppSettings:
 
     @cached_property
     def found_prices(self) -> dict[tuple[str, tuple[str, ...]], Any]:
-        """Provider and names of a model -> what ``prices`` says of it, of those that were looked for."""
+        """Provider and names of a model -> what was found for it in ``prices``: see ``pricing``."""
         return {}
 
     def without_secrets(self, text: str, *, limit: int | None = None) -> str:

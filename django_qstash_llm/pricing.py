@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from . import estimates
 from .completions import Usage
@@ -503,24 +503,30 @@ def _tariff(in_force: Sequence[Rate], tier: str, input_tokens: int) -> Found | N
 
 
 def _in_settings(provider: str, names: Sequence[str]) -> Found | None:
-    known, key = app_settings().found_prices, (provider, tuple(names))
-    if key not in known:
-        if len(known) >= MOST_MISSES:
-            known.clear()
-        known[key] = _look_in_settings(provider, names)
-    found: Found | None = known[key]
-    return found
-
-
-def _look_in_settings(provider: str, names: Sequence[str]) -> Found | None:
-    full = [f"{provider}/{name}" for name in names]
-    for name in _in_settings_as(full):
+    conf, key = app_settings(), (provider, tuple(names))
+    prices, known = conf.prices, conf.found_prices
+    # Who changes the setting in place, as tests do, is not told an old price.
+    number, name, given, found = known.get(key, _NOT_LOOKED_FOR)
+    if number == len(prices) and prices.get(name) == given:
+        return cast("Found | None", found)
+    name = given = None
+    of_now: Found | None = None
+    for each in _in_settings_as([f"{provider}/{name}" for name in names]):
         try:
-            return Found(read_price(name, app_settings().prices[name]), "setting", f"PRICES {name}")
+            of_now = Found(read_price(each, prices[each]), "setting", f"PRICES {each}")
         except ConfigurationError as error:
             # The answer has come and is paid for. It is kept, unpriced.
             logger.error("%s", error)
-    return None
+            continue
+        name, given = each, dict(prices[each])
+        break
+    if len(known) >= MOST_MISSES:
+        known.clear()
+    known[key] = len(prices), name, given, of_now
+    return of_now
+
+
+_NOT_LOOKED_FOR = (-1, None, None, None)
 
 
 def _in_settings_as(full: Sequence[str]) -> list[str]:

@@ -35,6 +35,7 @@ from typing import Any, cast
 from urllib.parse import urlsplit, urlunsplit
 
 from . import anthropic
+from .cleaning import clean_text
 from .conf import app_settings, is_http_url
 from .exceptions import ConfigurationError, InvalidRequest
 from .qstash import FlowControl, InvalidOption
@@ -42,6 +43,8 @@ from .qstash.message import HOSTED_LLM, JSONText
 
 HOSTED_MODELS = ("meta-llama/Meta-Llama-3-8B-Instruct", "mistralai/Mistral-7B-Instruct-v0.2")
 """The models Upstash used to host, which the ``upstash`` provider still names."""
+HELICONE_TARGET = "Helicone-Target-Url"
+"""The header by which the gateway knows whom to ask."""
 KINDS = ("openai", "anthropic", "upstash", "custom")
 OPTIONS = (
     "KIND",
@@ -167,18 +170,23 @@ def get_provider(name: str) -> Provider:
 
 
 def provider_at(url: str) -> str:
-    """The name of the provider that is asked at ``url``; where none is any more, the URL's host.
+    """The name of the provider that is asked at ``url``; where none is any more, or it cannot be told
+    which, the URL's host.
 
-    Where several are it is the default one, or else the first: they are the same with other keys.
+    Of several that differ in nothing but their keys it is the default one, or else the first.
     """
     conf = app_settings()
-    names = dict.fromkeys([conf.default_provider, *conf.providers, "upstash"])
-    for name in names:
+    found: dict[str | None, str] = {}
+    for name in dict.fromkeys([conf.default_provider, *conf.providers, "upstash"]):
         with suppress(ConfigurationError, InvalidRequest):
-            if get_provider(name).destination == url:
-                return name
+            provider = get_provider(name)
+            if provider.destination == url:
+                # A gateway has one URL for all who are behind it.
+                found.setdefault(provider.headers.get(HELICONE_TARGET), name)
+    if len(found) == 1:
+        return next(iter(found.values()))
     with suppress(ValueError):
-        return (urlsplit(url).hostname or "")[:64]
+        return clean_text(urlsplit(url).hostname or "", limit=64)
     return ""
 
 
@@ -339,6 +347,6 @@ def _through_helicone(destination: str, headers: Mapping[str, str], key: str) ->
             "Authorization": f"Bearer {app_settings().qstash_token}",
         }
     parts = urlsplit(destination)
-    through["Helicone-Target-Url"] = f"{parts.scheme}://{parts.netloc}"
+    through[HELICONE_TARGET] = f"{parts.scheme}://{parts.netloc}"
     query = f"?{parts.query}" if parts.query else ""
     return f"{HELICONE_URL}{parts.path}{query}", through

@@ -6,6 +6,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
+from django.utils import timezone
 
 from django_qstash_llm import pricing
 from django_qstash_llm.completions import Usage
@@ -387,3 +388,24 @@ def test_what_cannot_be_asked_cannot_be_estimated(asked: Any) -> None:
         Batch.objects.estimate([asked])
     with pytest.raises(InvalidRequest, match="items"):
         Batch.objects.estimate([])
+
+
+def test_a_setting_that_is_changed_in_place_is_seen(settings: Any) -> None:
+    prices: dict[str, Any] = {}
+    settings.QSTASH_LLM = {**settings.QSTASH_LLM, "PRICES": prices}
+
+    def amounts() -> tuple[Decimal, str] | None:
+        found = pricing.find_tariff("openai", ["in-place"], at=timezone.now())
+        return None if found is None else (found.tariff.input, found.price)
+
+    assert amounts() is None
+    prices["openai/in-*"] = {"input": 1, "output": 2}
+    assert amounts() == amounts() == (1, "PRICES openai/in-*")
+    prices["openai/in-*"]["input"] = 3
+    assert amounts() == (3, "PRICES openai/in-*")
+    prices["openai/in-place"] = {"input": 4, "output": 2}
+    assert amounts() == (4, "PRICES openai/in-place")
+    del prices["openai/in-place"]
+    assert amounts() == (3, "PRICES openai/in-*")
+    prices["openai/in-place"] = "wrong"  # the next best, and it is logged
+    assert amounts() == (3, "PRICES openai/in-*")

@@ -662,8 +662,8 @@ class CallbackResponse(Attempt):
         """An answer to a request that is not here, deleted while it was under way say, is paid for
         like any other. What is left to know of it is where it was asked, and of which model."""
         try:
-            if self.is_answer and not self._is_billed(using):
-                self._bill_orphan(callback)
+            if self.is_answer:
+                self._bill_orphan(callback, using)
         except (DatabaseError, InterfaceError):
             raise
         # Whatever it is: the receipt is stored first.
@@ -672,12 +672,7 @@ class CallbackResponse(Attempt):
             self.entry = None
             self._note(f"not in the ledger: {type(error).__name__}")
 
-    def _is_billed(self, using: str) -> bool:
-        """Told before its request was deleted, and its receipt with it."""
-        entries = LedgerEntry.objects.using(using)
-        return entries.filter(uuid=self.uuid, answer=self.answer).exists()
-
-    def _bill_orphan(self, callback: Callback) -> None:
+    def _bill_orphan(self, callback: Callback, using: str) -> None:
         answered_by, tier = "", ""
         try:
             completion = self._completion(callback)
@@ -686,14 +681,26 @@ class CallbackResponse(Attempt):
             if not error.usage:
                 return
             usage = error.usage
+        model = clean_text(callback.asked_model) or answered_by
         asked = inbox.new(
             LLMRequest,
             uuid=self.uuid,
             provider=provider_at(callback.url),
-            model=clean_text(callback.asked_model, limit=255) or answered_by,
+            model=app_settings().without_secrets(model, limit=255),
         )
         cost = self._cost(asked, usage, answered_by, tier)
         self._bill(asked, usage, cost, is_useful=False)
+        if self._is_billed(using):
+            self.entry = None
+
+    def _is_billed(self, using: str) -> bool:
+        """Told before its request was deleted, and its receipt with it; perhaps as another attempt,
+        as one is that the dead letters told of."""
+        assert self.entry is not None
+        same = Q(input_tokens=self.entry.input_tokens, output_tokens=self.entry.output_tokens)
+        of_message = Q(answer__startswith=f"{self.source_message_id}.") & same
+        entries = LedgerEntry.objects.using(using).filter(uuid=self.uuid)
+        return entries.filter(Q(answer=self.answer) | of_message).exists()
 
     @property
     def answer(self) -> str:

@@ -540,11 +540,15 @@ def _preparer(field: Any, using: str) -> Callable[[Any, Any], Any] | None:
     if vendor == "sqlite" and isinstance(field, models.DateTimeField):
         return partial(_moment, prepare)
     plain = _PLAIN + _PLAIN_TO_POSTGRESQL * (vendor == "postgresql")
-    return prepare if isinstance(field, USDField) or not isinstance(field, plain) else None
+    held = field
+    while isinstance(held, models.ForeignKey):  # holds what the key that it names does
+        held = held.target_field
+    return prepare if isinstance(held, USDField) or not isinstance(held, plain) else None
 
 
 def _moment(prepare: Callable[[Any, Any], Any], value: Any, connection: Any) -> Any:
-    if value is None or value.tzinfo is None or connection.timezone is None:
+    # Two moments that differ in their fold alone are one to a cache.
+    if value is None or value.tzinfo is None or value.fold or connection.timezone is None:
         return prepare(value, connection)
     return _in_time_zone(value, connection.timezone)
 
@@ -558,7 +562,7 @@ def _in_time_zone(value: datetime, time_zone: tzinfo) -> str:
 # What is given to the driver as it is.
 _PLAIN: tuple[type[models.Field[Any, Any]], ...] = (
     *(models.CharField, models.TextField, models.IntegerField, models.BooleanField),
-    *(models.BinaryField, models.ForeignKey),
+    models.BinaryField,
 )
 _PLAIN_TO_POSTGRESQL = (models.UUIDField, models.DateTimeField, models.DecimalField)
 

@@ -148,7 +148,7 @@ class Callback:
             method=read.text("method") or "POST",
             source_header=read.header("sourceHeader") if with_source else {},
             source_body=read.base64("sourceBody") if with_source else b"",
-            encoded_source=read.text("sourceBody"),
+            encoded_source=source if isinstance(source := fields.get("sourceBody"), str) else "",
             not_before=read.count("notBefore"),
             created_at=read.count("createdAt"),
             topic_name=read.text("topicName"),

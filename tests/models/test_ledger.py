@@ -482,6 +482,7 @@ def test_an_answer_that_was_billed_before_its_request_was_deleted_is_not_billed_
         ({"body": b"no JSON"}, []),
         ({"url": "https://llm.example/v1/chat/completions"}, ["llm.example"]),
         ({"url": "http://["}, [""]),
+        ({"url": "http://h\x00o\ud800st/v1"}, ["ho\ufffdst"]),
         ({"url": "api/llm"}, ["upstash"]),
         ({"body": json.dumps({"usage": ANSWER["usage"], "choices": []}).encode()}, ["openai"]),
     ],
@@ -494,6 +495,49 @@ def test_of_an_answer_to_nobody_what_is_known_is_billed(
     assert post_callback(None, told_to_nobody(**changes), url=url).status_code == 200
     assert [entry.provider for entry in entries()] == billed
     assert CallbackResponse.objects.orphaned().count() == 1
+
+
+def test_an_answer_that_was_billed_as_another_attempt_is_not_billed_again(
+    post_callback: Post,
+) -> None:
+    llm_request = ask()
+    url = f"http://testserver/llm/callback/{llm_request.uuid}/"
+    post_callback(llm_request, told_to_nobody(status=500, body=b"{}"))
+    post_callback(llm_request, told_to_nobody())  # of the first attempt as well, it says
+    assert [entry.answer for entry in entries()] == ["msg_1.1"]
+    llm_request.delete()
+    post_callback(None, told_to_nobody(), url=url)
+    assert [entry.answer for entry in entries()] == ["msg_1.1"]
+    # Another answer to the same message was another call.
+    usage = ANSWER["usage"] | {"completion_tokens": 4, "total_tokens": 13}
+    body = json.dumps(ANSWER | {"usage": usage}).encode()
+    post_callback(None, told_to_nobody(body=body, retried=2), url=url)
+    assert [entry.answer for entry in entries()] == ["msg_1.1", "msg_1.2"]
+
+
+def test_no_key_of_ours_comes_into_the_ledger_by_an_answer_to_nobody(
+    post_callback: Post, settings: Any
+) -> None:
+    url = f"http://testserver/llm/callback/{ask().uuid}/"
+    LLMRequest.objects.all().delete()
+    models = f"asked {settings.QSTASH_TOKEN}", f"answered {settings.QSTASH_TOKEN}"
+    for number, (asked, answered) in enumerate([(models[0], "m"), ("", models[1])]):
+        source = json.dumps({"model": asked}).encode()
+        body = json.dumps(ANSWER | {"model": answered}).encode()
+        told = told_to_nobody(source_message_id=f"msg_{number}", source_body=source, body=body)
+        post_callback(None, told, url=url)
+    assert [entry.model for entry in entries()] == ["asked [redacted]", "answered [redacted]"]
+
+
+def test_whom_a_gateway_has_asked_is_not_guessed(post_callback: Post, settings: Any) -> None:
+    here = {"API_KEY": "sk-of-the-tests-1", "HELICONE_API_KEY": "hk-of-the-tests"}
+    there = {**here, "BASE_URL": "https://api.together.example/v1"}
+    providers = {"openai": here, "together": there}
+    settings.QSTASH_LLM = settings.QSTASH_LLM | {"PROVIDERS": providers}
+    url = f"http://testserver/llm/callback/{ask(provider='together').uuid}/"
+    LLMRequest.objects.all().delete()
+    post_callback(None, told_to_nobody(url=get_provider("together").destination), url=url)
+    assert [(entry.provider, entry.unpriced) for entry in entries()] == [("gateway.helicone.ai", 1)]
 
 
 @pytest.mark.parametrize("source", [b"", b"no JSON", b"[]", b'{"model": 3}'])

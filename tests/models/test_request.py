@@ -11,7 +11,9 @@ import httpx
 import pytest
 from asgiref.sync import async_to_sync
 from django.contrib.auth.models import AnonymousUser, Group, User
+from django.db import connection, models
 from django.test import override_settings
+from django.test.utils import isolate_apps
 from django.utils import timezone
 from django.utils.functional import SimpleLazyObject
 from django.utils.translation import gettext_lazy
@@ -690,6 +692,41 @@ def test_a_row_that_says_what_is_new_is_the_row_that_the_orm_writes(db: None) ->
     (found,) = LLMRequest.objects.filter(pk=row.pk).values()
     assert stored.pop("id") < found.pop("id")
     assert found == stored
+
+
+@pytest.mark.django_db(transaction=True)
+@isolate_apps("testproject.articles")
+def test_a_key_that_is_no_number_is_stored_as_its_own_field_stores_it() -> None:
+    """As that of a user is at many a site."""
+
+    class Owner(models.Model):
+        id = models.UUIDField(primary_key=True)
+
+        class Meta:
+            app_label = "articles"
+
+    class Owned(models.Model):
+        owner = models.ForeignKey(Owner, on_delete=models.CASCADE)
+        also = models.ForeignKey(Owner, on_delete=models.CASCADE, null=True, related_name="+")
+
+        class Meta:
+            app_label = "articles"
+
+    key = uuid4()
+    with connection.schema_editor() as editor:
+        editor.create_model(Owner)
+        editor.create_model(Owned)
+    try:
+        Owner.objects.create(id=key)
+        inbox.insert(inbox.new(Owned, owner_id=key, also_id=None), using="default")
+        assert Owned.objects.get(owner=key).also_id is None
+        found = inbox.find(Owned, "owner_id", key, using="default")
+        assert found is not None
+        assert found.owner_id == key
+    finally:
+        with connection.schema_editor() as editor:
+            editor.delete_model(Owned)
+            editor.delete_model(Owner)
 
 
 def test_two_new_rows_share_nothing(db: None) -> None:
