@@ -175,9 +175,8 @@ def update_in(
     if entry is None:
         return bool(_write(sql, values, connection))
     if connection.vendor == "postgresql":
-        said = _said_of_entry(entry, changes)
-        given, more = _given(entry, connection, said)
-        both = _update_and_enter(sql, type(entry), given, said, using)
+        given, more = _given(entry, connection, tuple(_OF_ROW))
+        both = _update_and_enter(sql, type(entry), given, using)
         return bool(_write(both, [*values, *more], connection))
     if can_store_at_once(using):
         return _write_and_insert(sql, values, [entry], connection)
@@ -242,14 +241,12 @@ def _in_one_statement(
     values += held
     entered: Entered | None = None
     if entry is not None:
-        said = _said_of_entry(entry, changes)
-        given, more = _given(entry, connection, said)
-        entered = type(entry), given, said
+        given, more = _given(entry, connection, tuple(_OF_ROW))
+        entered = type(entry), given
         values += more
     to_learn = getattr(row, TO_LEARN, ())
-    said = _said_of_receipt(receipt, changes)
-    given, more = _given(receipt, connection, said)
-    told = (type(receipt), _left_out(receipt), given, said)
+    given, more = _given(receipt, connection, tuple(_OF_REQUEST))
+    told = type(receipt), _left_out(receipt), given
     sql = _statement(told, model, sets, guards, to_learn, entered, using)
     found = _fetch(sql, [*values, *more], connection)
     if found is None:
@@ -370,56 +367,21 @@ def _with_question_marks(sql: str) -> str:
 Names = tuple[str, ...]
 Sets = tuple[tuple[str, str], ...]
 """Columns, and what is put into each: a mark, or what a statement says by itself."""
-Entered = tuple[type[models.Model], Names, Names]
-"""Of an entry its model, the columns that are given, and those that are read of its request."""
-Told = tuple[type[models.Model], frozenset[str], Names, Names]
+Entered = tuple[type[models.Model], Names]
+"""Of an entry its model and the columns that are given."""
+Told = tuple[type[models.Model], frozenset[str], Names]
 """The same of a receipt, and in the middle the columns that are left to the database."""
 _LINK = "llm_request_id"
 """The column of a receipt that names its request."""
-_FINISHED = "changed.finished_at"
-_OF_REQUEST = {
-    "uuid": "changed.uuid",
-    _LINK: "changed.id",
-    "received_at": _FINISHED,
-    "applied_at": _FINISHED,
-}
-_COUNTED = (
-    *("input_tokens", "output_tokens", "cached_tokens", "cache_write_tokens", "reasoning_tokens"),
-    "cost_source",
-)
+_OF_REQUEST = {_LINK: "changed.id"}
 _OF_ROW = {
-    **{name: f"changed.{name}" for name in ("uuid", "provider", "model", "tenant", "labels")},
+    **{name: f"changed.{name}" for name in ("provider", "model", "tenant", "labels")},
     "user": "COALESCE(changed.user_id::text, '')",
     "about_type": "changed.content_type_id",
     "api_key": "COALESCE(changed.api_key_id::text, '')",
-    "at": _FINISHED,
-    "entered_at": _FINISHED,
-    **{name: f"changed.{name}" for name in _COUNTED},
 }
-"""What the one statement knows of a request that it changes, for receipt and entry. Each value that it
-is not given again is one less to send and to read."""
-_BELONGINGS = ("uuid", "provider", "model", "tenant", "labels", "user", "about_type", "api_key")
-_READ_OF_ROW = (
-    *("id", "uuid", "provider", "model", "tenant", "user_id", "labels", "content_type_id"),
-    *("api_key_id", "finished_at", *_COUNTED),
-)
-
-
-def _said_of_receipt(receipt: models.Model, changes: Mapping[str, Any]) -> Names:
-    """Where the request ends by it, the moment is the same."""
-    here, end = receipt.__dict__, changes.get("finished_at")
-    if end is not None and here["received_at"] is end and here["applied_at"] is end:
-        return tuple(_OF_REQUEST)
-    return ("uuid", _LINK)
-
-
-def _said_of_entry(entry: models.Model, changes: Mapping[str, Any]) -> Names:
-    """What is written of it beside, where that is the same."""
-    here = entry.__dict__
-    as_changed = [name for name in _COUNTED if name in changes and changes[name] == here[name]]
-    if changes.get("finished_at") == here["at"] == here["entered_at"]:
-        as_changed += ["at", "entered_at"]
-    return (*_BELONGINGS, *as_changed)
+"""What the one statement knows of a request that it changes, for receipt and entry."""
+_READ_OF_ROW = ("provider", "model", "tenant", "user_id", "labels", "content_type_id", "api_key_id")
 
 
 class _Column(NamedTuple):
@@ -685,10 +647,8 @@ def _statement(
 ) -> str:
     """The one statement that is raw because nothing else is one: a short transaction is four messages
     to and fro, during which the row is locked."""
-    receipt, left_out, given, said = told
-    columns, marks = _marks(
-        receipt, left_out, given, using, {name: _OF_REQUEST[name] for name in said}
-    )
+    receipt, left_out, given = told
+    columns, marks = _marks(receipt, left_out, given, using, _OF_REQUEST)
     (key, _), *others = guards
     # What the key finds is to be looked at, and no index over "submitted": of how many there are the
     # planner knows what was true a while ago.
@@ -701,7 +661,7 @@ def _statement(
         f", (SELECT {_column(row, name, using)} FROM changed)"  # noqa: S608
         for name in to_learn
     )
-    read = {*_READ_OF_ROW, *to_learn}
+    read = {"id", *_READ_OF_ROW, *to_learn}
     return f"""
         WITH changed AS (
             {_update(row, sets, using, by=key)}{also}
@@ -714,17 +674,15 @@ def _statement(
 
 
 @lru_cache(maxsize=256)
-def _update_and_enter(
-    update: str, entry: type[models.Model], given: Names, said: Names, using: str
-) -> str:
+def _update_and_enter(update: str, entry: type[models.Model], given: Names, using: str) -> str:
     return f"""
-        WITH changed AS ({update} RETURNING {", ".join(_READ_OF_ROW)})
-        {_enter(entry, given, said, using)}
+        WITH changed AS ({update} RETURNING id, {", ".join(_READ_OF_ROW)})
+        {_enter(entry, given, using)}
     """
 
 
-def _enter(entry: type[models.Model], given: Names, said: Names, using: str) -> str:
-    columns, marks = _marks(entry, _NOTHING, given, using, {name: _OF_ROW[name] for name in said})
+def _enter(entry: type[models.Model], given: Names, using: str) -> str:
+    columns, marks = _marks(entry, _NOTHING, given, using, _OF_ROW)
     return f"INSERT INTO {_table(entry, using)} ({columns}) SELECT {marks} FROM changed"  # noqa: S608
 
 
